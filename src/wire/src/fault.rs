@@ -110,6 +110,9 @@ pub struct Fault {
     pub function: String,
     /// The thing it happened to, and what was expected.
     pub detail: String,
+    /// Serial number of the token concerned, without padding; empty when the host did not get so
+    /// far. A PIN fault is noted under it: restarts and a renamed token must not lock the PIN.
+    pub serial: String,
 }
 
 impl Fault {
@@ -120,7 +123,15 @@ impl Fault {
             ckr: 0,
             function: String::new(),
             detail: detail.into(),
+            serial: String::new(),
         }
+    }
+
+    /// The same fault, said of the token with this serial number.
+    #[must_use]
+    pub fn on_token(mut self, serial: impl Into<String>) -> Self {
+        self.serial = serial.into();
+        self
     }
 }
 

@@ -330,7 +330,8 @@ impl Response {
                 w.u8(fault.kind as u8)
                     .u64(fault.ckr)
                     .bytes(cut(&fault.function, MAX_DETAIL_LEN).as_bytes())
-                    .bytes(cut(&fault.detail, MAX_DETAIL_LEN).as_bytes());
+                    .bytes(cut(&fault.detail, MAX_DETAIL_LEN).as_bytes())
+                    .bytes(cut(&fault.serial, MAX_NAME_LEN).as_bytes());
             }
         }
         w.finish()
@@ -363,6 +364,7 @@ impl Response {
                 ckr: r.u64("CKR value")?,
                 function: r.text(MAX_DETAIL_LEN, "function")?,
                 detail: r.text(MAX_DETAIL_LEN, "detail")?,
+                serial: r.text(MAX_NAME_LEN, "serial number")?,
             }),
             _ => return Err(MalformedError::Value("response kind")),
         };

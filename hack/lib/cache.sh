@@ -35,13 +35,13 @@ cached() {
             rm -rf "$root/.making-$folder".*
             printf '%s ...\n' "$what" >&2
             fresh=$(mktemp -d "$root/.making-$folder.XXXXXX") || exit
-            trap '_cache_tidy "$fresh"' EXIT
-            chmod 755 "$fresh"
+            # The ticker ends when descriptor 8 does, that is with this shell, even when it is killed.
+            exec 8> >(exec 9>&-; _cache_still_at_it "$what" >&2)
+            trap 'rm -rf "$fresh" "$fresh.old"' EXIT
             trap 'exit 130' INT
             trap 'exit 143' TERM
-            _cache_still_at_it "$what" "$BASHPID" >&2 9>&- &
-            ticker=$!
-            "$@" "$fresh" >&2 9>&- || {
+            chmod 755 "$fresh"
+            "$@" "$fresh" >&2 8>&- 9>&- || {
                 status=$?
                 printf 'error: %s failed (exit status %s)\n' "$what" "$status" >&2
                 exit "$status"
@@ -61,16 +61,10 @@ _cache_has() {
     [ -f "$1/.key" ] && [ "$(cat "$1/.key")" = "$2" ]
 }
 
-_cache_tidy() {
-    [ -z "${ticker:-}" ] || kill "$ticker" 2>/dev/null
-    rm -rf "$1" "$1.old"
-}
-
-# A build says nothing for minutes; this says that it still runs.
+# A build says nothing for minutes; this says that it still runs. Reads an input on which nothing ever comes but its end.
 _cache_still_at_it() {
-    local what=$1 maker=$2 began=$SECONDS nap=
-    trap '[ -z "$nap" ] || kill "$nap" 2>/dev/null; exit 0' TERM
-    while sleep 30 & nap=$!; wait "$nap"; kill -0 "$maker" 2>/dev/null; do
+    local what=$1 began=$SECONDS
+    until read -rt 30; [ $? -le 128 ]; do
         printf '    %s: %d min %02d s so far ...\n' "$what" $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60))
     done
 }

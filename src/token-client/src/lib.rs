@@ -1,1 +1,22 @@
-//! placeholder while the crate is being written
+//! Spawns the module host `hsm-token`, supervises it, and gives its operations deadlines and
+//! recovery.
+//!
+//! A vendor's PKCS#11 module may hang, crash or write anywhere; so it lives in a process of its own,
+//! and this crate is everything that the daemon knows of that process. A [`Token`] is one configured
+//! token. It answers every operation by the caller's deadline, whatever its host does.
+//!
+//! | module | what it does |
+//! |---|---|
+//! | [`config`] | what a token is made of |
+//! | [`token`] | the handle: operations, state, counters |
+//!
+//! Everything runs inside one tokio `current_thread` runtime, but for one thread per token that
+//! spawns the host and waits for it.
+
+pub mod config;
+mod error;
+pub mod token;
+
+pub use config::{Config, Isolation, Launch, Loader, PinSource};
+pub use error::TokenError;
+pub use token::{State, Stats, Token};

@@ -1,2 +1,6 @@
-//! placeholder while the crate is being written
+//! hsmd: the node's daemon. Kubernetes KMS v2 over keys that never leave the HSM.
+mod health;
+mod keyring;
+mod kms;
+mod telemetry;
 fn main() {}

@@ -1,0 +1,146 @@
+//! hsmd, started as on a node, and what it says of itself on its health socket.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use crate::softhsm::{KEK, MODULE, SoftHsm, TOKEN};
+use crate::workbench::{Process, Workbench, run};
+use crate::{part, wait_for};
+
+/// Name of the cluster in the demo and the tests.
+pub const CLUSTER: &str = "rciis-production";
+
+/// A running hsmd.
+pub struct Daemon {
+    process: Process,
+    health: PathBuf,
+    /// The KMS socket, for the API server's EncryptionConfiguration.
+    pub socket: PathBuf,
+}
+
+/// What the daemon counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Counts {
+    /// Encrypts answered.
+    pub encrypt: u64,
+    /// Decrypts answered.
+    pub decrypt: u64,
+}
+
+/// The configuration for one SoftHSM token and its KEK.
+pub fn configuration(bench: &Workbench, token: &SoftHsm) -> Result<PathBuf> {
+    let text = format!(
+        "cluster: {CLUSTER}
+tokens:
+  - name: main
+    uri: pkcs11:token={TOKEN}
+    module: {MODULE}
+    pin: {{file: {pin}}}
+    host:
+      env: {{SOFTHSM2_CONF: {conf}}}
+      read_only: [{conf}]
+      read_write: [{folder}]
+kms:
+  listen:
+    - {{path: {socket}, mode: \"0600\", owner: \"65534:65534\"}}
+  keys:
+    - uri: pkcs11:token={TOKEN};object={KEK};type=secret-key
+      epoch: 1
+      state: active
+      backup: acknowledged
+  peers: {{pod_logs: {pod_logs}}}
+state_dirs: [{state}]
+",
+        pin = token.pin_file.display(),
+        conf = token.conf.display(),
+        folder = token.folder().display(),
+        socket = socket(bench).display(),
+        pod_logs = bench.pod_logs().display(),
+        state = bench.path().join("state").display(),
+    );
+    bench.write("hsmd.yaml", &text, 0)
+}
+
+fn socket(bench: &Workbench) -> PathBuf {
+    bench.path().join("run/kms.sock")
+}
+
+impl Daemon {
+    /// Starts hsmd with the workbench's `hsmd.yaml`. It answers at once; see [`Self::wait_ready`].
+    pub fn start(bench: &Workbench) -> Result<Self> {
+        // Only kube-apiserver may look for the socket, as in /var/log/audit/kube on a node.
+        bench.folder("run", crate::KUBE_APISERVER_UID)?;
+        let health = bench.path().join("health.sock");
+        let socket = socket(bench);
+        let process = bench.start(
+            "hsmd",
+            &part("HSMD")?,
+            &[
+                "run".to_owned(),
+                format!("--config={}", bench.path().join("hsmd.yaml").display()),
+                format!("--listen=unix://{}", socket.display()),
+                format!("--health-listen=unix://{}", health.display()),
+            ],
+        )?;
+        Ok(Self { process, health, socket })
+    }
+
+    /// Waits until `/readyz` is green.
+    pub fn wait_ready(&mut self, limit: Duration) -> Result<()> {
+        wait_for("hsmd is ready", limit, || {
+            self.process.still_runs()?;
+            match self.readyz()? {
+                (200, _) => Ok(()),
+                (_, reason) => bail!("hsmd is not ready: {}", reason.trim()),
+            }
+        })
+    }
+
+    /// Status code and text of `/readyz`.
+    pub fn readyz(&self) -> Result<(u16, String)> {
+        let answer = run(
+            "curl",
+            &[
+                "-sS", "--max-time", "5", "--unix-socket", &self.health.to_string_lossy(),
+                "-w", "\n%{http_code}", "http://hsmd/readyz",
+            ],
+        )?;
+        let (text, code) = answer.rsplit_once('\n').context("curl wrote no status code")?;
+        Ok((code.parse()?, text.to_owned()))
+    }
+
+    /// The status page.
+    pub fn status(&self) -> Result<Value> {
+        let text = run(
+            "curl",
+            &["-sS", "--max-time", "5", "--unix-socket", &self.health.to_string_lossy(), "http://hsmd/status"],
+        )?;
+        serde_json::from_str(&text).context("the status page is not JSON")
+    }
+
+    /// What it counted since it started.
+    pub fn counts(&self) -> Result<Counts> {
+        let status = self.status()?;
+        let read = |name: &str| {
+            status["kms"]["counters"][name]
+                .as_u64()
+                .with_context(|| format!("the status page has no counter {name}"))
+        };
+        Ok(Counts { encrypt: read("encrypt_ok")?, decrypt: read("decrypt_ok")? })
+    }
+
+    /// Pid of the module host.
+    pub fn host_pid(&self) -> Result<i32> {
+        let status = self.status()?;
+        let pid = status["tokens"][0]["host_pid"].as_i64().context("the token has no host")?;
+        Ok(i32::try_from(pid)?)
+    }
+
+    /// The process.
+    pub fn process(&mut self) -> &mut Process {
+        &mut self.process
+    }
+}

@@ -1,2 +1,0 @@
-//! placeholder while the crate is being written
-fn main() {}

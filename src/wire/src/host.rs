@@ -40,7 +40,8 @@ pub const MAX_AAD_LEN: usize = 64 + MAX_KEY_ID_LEN;
 
 const MAX_PATH_LEN: usize = 4096;
 const MAX_URI_LEN: usize = 2048;
-const MAX_LATCH_NOTES: usize = 64;
+/// Most notes on refused PINs in an Open; who has more must not log in.
+pub const MAX_LATCH_NOTES: usize = 64;
 const HIGH_BIT: u8 = 0x80;
 
 /// Where a key is found, and which key it must be once found.

@@ -1,0 +1,5 @@
+//! Who is let in, tried with real processes in real cgroups.
+
+#[allow(dead_code, unreachable_pub, reason = "a test uses a part of what the daemon uses")]
+#[path = "../src/peer/mod.rs"]
+mod peer;

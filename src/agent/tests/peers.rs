@@ -1,5 +1,9 @@
 //! Who is let in, tried with real processes in real cgroups.
 
-#[allow(dead_code, unreachable_pub, reason = "a test uses a part of what the daemon uses")]
+#[allow(
+    dead_code,
+    unused_imports,
+    reason = "a test uses a part of what the daemon uses"
+)]
 #[path = "../src/peer/mod.rs"]
 mod peer;

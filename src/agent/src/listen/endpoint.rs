@@ -15,7 +15,7 @@ const ABSTRACT_NAME_LIMIT: usize = 107;
 
 /// A place to listen at.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Endpoint {
+pub(crate) enum Endpoint {
     /// A socket file.
     Path {
         /// Absolute and without `.` or `..`.
@@ -33,12 +33,14 @@ pub enum Endpoint {
 
 /// Why an endpoint cannot be.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum EndpointError {
+pub(crate) enum EndpointError {
     /// Not a URI of ours.
     #[error("{0:?} is not unix:///PATH or unix:///@NAME")]
     NotAUnixUri(String),
     /// kube-apiserver reads the endpoint as a URI, so these would mean another place there.
-    #[error("{uri:?} contains {character:?}, which means something else in a URI; choose a name without it")]
+    #[error(
+        "{uri:?} contains {character:?}, which means something else in a URI; choose a name without it"
+    )]
     SpecialCharacter {
         /// What was given.
         uri: String,
@@ -52,29 +54,48 @@ pub enum EndpointError {
     #[error("abstract socket name {0:?} is empty, longer than 107 bytes, or contains a zero byte")]
     AbstractName(String),
     /// A mode that lets anybody in, or is none.
-    #[error("mode {0:04o} gives more than its owner and group access to the socket; use 0600 or 0660")]
+    #[error(
+        "mode {0:04o} gives more than its owner and group access to the socket; use 0600 or 0660"
+    )]
     Mode(u32),
 }
 
 impl Endpoint {
     /// A socket file with a given owner and mode.
-    pub fn path(path: impl Into<PathBuf>, mode: u32, uid: u32, gid: u32) -> Result<Self, EndpointError> {
+    pub(crate) fn path(
+        path: impl Into<PathBuf>,
+        mode: u32,
+        uid: u32,
+        gid: u32,
+    ) -> Result<Self, EndpointError> {
         let path = path.into();
-        let plain = path.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
+        let plain = path
+            .components()
+            .all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
         let text = path.as_os_str().as_encoded_bytes();
         // `components` passes over `//`, `/./` and a trailing slash, which would make one socket have several names.
         let canonical = path.components().collect::<PathBuf>().as_os_str().len() == text.len();
-        if !(path.is_absolute() && plain && canonical && path.file_name().is_some() && !text.contains(&0)) {
+        if !(path.is_absolute()
+            && plain
+            && canonical
+            && path.file_name().is_some()
+            && !text.contains(&0))
+        {
             return Err(EndpointError::Path(path));
         }
         if mode & !0o770 != 0 {
             return Err(EndpointError::Mode(mode));
         }
-        Ok(Self::Path { path, mode, uid, gid })
+        Ok(Self::Path {
+            path,
+            mode,
+            uid,
+            gid,
+        })
     }
 
     /// A name in the abstract namespace.
-    pub fn abstract_name(name: impl Into<String>) -> Result<Self, EndpointError> {
+    pub(crate) fn abstract_name(name: impl Into<String>) -> Result<Self, EndpointError> {
         let name = name.into();
         if name.is_empty() || name.len() > ABSTRACT_NAME_LIMIT || name.contains('\0') {
             return Err(EndpointError::AbstractName(name));
@@ -83,7 +104,7 @@ impl Endpoint {
     }
 
     /// Which rules its peers meet.
-    pub fn kind(&self) -> EndpointKind {
+    pub(crate) fn kind(&self) -> EndpointKind {
         match self {
             Self::Path { .. } => EndpointKind::Path,
             Self::Abstract(_) => EndpointKind::Abstract,
@@ -99,8 +120,14 @@ impl FromStr for Endpoint {
             .strip_prefix("unix://")
             .filter(|path| path.starts_with('/'))
             .ok_or_else(|| EndpointError::NotAUnixUri(uri.to_owned()))?;
-        if let Some(character) = path.chars().find(|c| matches!(c, '%' | '?' | '#' | '\\') || c.is_whitespace() || c.is_control()) {
-            return Err(EndpointError::SpecialCharacter { uri: uri.to_owned(), character });
+        if let Some(character) = path
+            .chars()
+            .find(|c| matches!(c, '%' | '?' | '#' | '\\') || c.is_whitespace() || c.is_control())
+        {
+            return Err(EndpointError::SpecialCharacter {
+                uri: uri.to_owned(),
+                character,
+            });
         }
         match path.strip_prefix("/@") {
             Some(name) => Self::abstract_name(name),
@@ -125,7 +152,10 @@ mod tests {
     #[test]
     fn a_path_is_owned_by_kube_apiserver_unless_said_otherwise() {
         let endpoint: Endpoint = "unix:///run/hsm/kms.sock".parse().unwrap();
-        assert_eq!(endpoint, Endpoint::path("/run/hsm/kms.sock", 0o600, 65534, 65534).unwrap());
+        assert_eq!(
+            endpoint,
+            Endpoint::path("/run/hsm/kms.sock", 0o600, 65534, 65534).unwrap()
+        );
         assert_eq!(endpoint.kind(), EndpointKind::Path);
         assert_eq!(endpoint.to_string(), "unix:///run/hsm/kms.sock");
     }
@@ -140,17 +170,49 @@ mod tests {
 
     #[test]
     fn what_would_be_another_place_for_kube_apiserver_is_refused() {
-        for uri in ["unix:///run/a%20b", "unix:///run/a?b", "unix:///run/a#b", "unix:///run/a b", "unix:///@a\nb"] {
-            assert!(matches!(uri.parse::<Endpoint>(), Err(EndpointError::SpecialCharacter { .. })), "{uri}");
+        for uri in [
+            "unix:///run/a%20b",
+            "unix:///run/a?b",
+            "unix:///run/a#b",
+            "unix:///run/a b",
+            "unix:///@a\nb",
+        ] {
+            assert!(
+                matches!(
+                    uri.parse::<Endpoint>(),
+                    Err(EndpointError::SpecialCharacter { .. })
+                ),
+                "{uri}"
+            );
         }
-        for uri in ["", "/run/hsm.sock", "unix:run/a", "unix://run/a", "unix:/run/a", "tcp:///run/a", "@hsm"] {
-            assert!(matches!(uri.parse::<Endpoint>(), Err(EndpointError::NotAUnixUri(_))), "{uri}");
+        for uri in [
+            "",
+            "/run/hsm.sock",
+            "unix:run/a",
+            "unix://run/a",
+            "unix:/run/a",
+            "tcp:///run/a",
+            "@hsm",
+        ] {
+            assert!(
+                matches!(uri.parse::<Endpoint>(), Err(EndpointError::NotAUnixUri(_))),
+                "{uri}"
+            );
         }
     }
 
     #[test]
     fn a_path_has_one_spelling() {
-        for path in ["/", "/run/", "/run//a", "/run/./a", "/run/../a", "/run/a/..", "run/a", ""] {
+        for path in [
+            "/",
+            "/run/",
+            "/run//a",
+            "/run/./a",
+            "/run/../a",
+            "/run/a/..",
+            "run/a",
+            "",
+        ] {
             assert!(Endpoint::path(path, 0o600, 0, 0).is_err(), "{path}");
         }
     }
@@ -158,7 +220,10 @@ mod tests {
     #[test]
     fn a_mode_for_everybody_is_refused() {
         for mode in [0o666, 0o602, 0o1600, 0o4600, 0o10600] {
-            assert_eq!(Endpoint::path("/a", mode, 0, 0), Err(EndpointError::Mode(mode)));
+            assert_eq!(
+                Endpoint::path("/a", mode, 0, 0),
+                Err(EndpointError::Mode(mode))
+            );
         }
         assert!(Endpoint::path("/a", 0o660, 0, 0).is_ok());
     }

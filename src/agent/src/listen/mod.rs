@@ -17,21 +17,17 @@ mod path;
 mod probe;
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval, sleep};
 
-pub use endpoint::{Endpoint, EndpointError};
-pub use probe::Holder;
+pub(crate) use endpoint::{Endpoint, EndpointError};
+pub(crate) use probe::Holder;
 
 use path::FileId;
 
@@ -53,7 +49,7 @@ const QUIET: Duration = Duration::from_secs(10);
 
 /// How listening goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum State {
+pub(crate) enum State {
     /// Clients can connect.
     Listening,
     /// The place does not exist yet.
@@ -75,7 +71,7 @@ pub enum State {
 
 impl State {
     /// A short stable name.
-    pub fn label(&self) -> &'static str {
+    pub(crate) fn label(&self) -> &'static str {
         match self {
             Self::Listening => "listening",
             Self::Waiting { .. } => "waiting",
@@ -85,7 +81,7 @@ impl State {
     }
 
     /// Why nobody can connect, if nobody can.
-    pub fn reason(&self) -> Option<String> {
+    pub(crate) fn reason(&self) -> Option<String> {
         match self {
             Self::Listening => None,
             Self::Waiting { reason } | Self::Failed { reason } => Some(reason.clone()),
@@ -96,7 +92,7 @@ impl State {
 
 /// A handle on a place that is listened at. Dropping it stops the listening.
 #[derive(Debug)]
-pub struct Listener {
+pub(crate) struct Listener {
     endpoint: Endpoint,
     state: watch::Receiver<State>,
     stop: oneshot::Sender<()>,
@@ -105,20 +101,32 @@ pub struct Listener {
 
 /// The connections that come in. Ends when its [`Listener`] is closed.
 #[derive(Debug)]
-pub struct Incoming(mpsc::Receiver<Connection>);
+pub(crate) struct Incoming(mpsc::Receiver<Connection>);
 
-/// A connection that was accepted, and its share of the endpoint's limit.
+/// A connection that was accepted.
 #[derive(Debug)]
-pub struct Connection {
-    stream: UnixStream,
-    _share: OwnedSemaphorePermit,
+pub(crate) struct Connection {
+    /// To be asked who is at its other end before it is read from.
+    pub(crate) stream: UnixStream,
+    /// To be kept as long as the stream.
+    pub(crate) share: Share,
 }
+
+/// One of the connections that an endpoint may have.
+#[derive(Debug)]
+pub(crate) struct Share(
+    #[expect(dead_code, reason = "given back when dropped")] OwnedSemaphorePermit,
+);
 
 /// Begins to listen, within a runtime.
 ///
 /// The first attempt has been made when this returns. `host_proc` is where the cgroup of somebody who holds the name is looked up.
-pub fn open(endpoint: Endpoint, host_proc: &Path) -> (Listener, Incoming) {
-    let mut place = Place { endpoint: endpoint.clone(), host_proc: host_proc.to_owned(), said: None };
+pub(crate) fn open(endpoint: Endpoint, host_proc: &Path) -> (Listener, Incoming) {
+    let mut place = Place {
+        endpoint: endpoint.clone(),
+        host_proc: host_proc.to_owned(),
+        said: None,
+    };
     // A listener of this process that is about to be closed gives way, so that there is no moment without one. It does so only
     // to one that is being opened: otherwise two would go on taking the name from each other.
     let first = place.bind(true);
@@ -126,22 +134,30 @@ pub fn open(endpoint: Endpoint, host_proc: &Path) -> (Listener, Incoming) {
     let (handover, incoming) = mpsc::channel(HANDOVER_LIMIT);
     let (stop, stopped) = oneshot::channel();
     let task = tokio::spawn(place.run(first, publish, handover, stopped));
-    (Listener { endpoint, state, stop, task }, Incoming(incoming))
+    (
+        Listener {
+            endpoint,
+            state,
+            stop,
+            task,
+        },
+        Incoming(incoming),
+    )
 }
 
 impl Listener {
     /// Where it listens.
-    pub fn endpoint(&self) -> &Endpoint {
+    pub(crate) fn endpoint(&self) -> &Endpoint {
         &self.endpoint
     }
 
     /// How it goes, now and later.
-    pub fn state(&self) -> watch::Receiver<State> {
+    pub(crate) fn state(&self) -> watch::Receiver<State> {
         self.state.clone()
     }
 
     /// Stops listening: the socket file is gone, and its connections live on, when this returns.
-    pub async fn close(self) {
+    pub(crate) async fn close(self) {
         drop(self.stop);
         // Its only failure would be a panic, which has been reported where it was.
         let _ = self.task.await;
@@ -193,7 +209,10 @@ impl Place {
                 modified
             });
             match attempt {
-                Attempt::Bound(socket, file) => match self.serve(&socket, file, &shares, &handover, &mut stopped).await {
+                Attempt::Bound(socket, file) => match self
+                    .serve(&socket, file, &shares, &handover, &mut stopped)
+                    .await
+                {
                     End::Stopped => {
                         if let (Endpoint::Path { path, .. }, Some(file)) = (&self.endpoint, file) {
                             path::remove(path, file);
@@ -203,7 +222,11 @@ impl Place {
                     End::Lost => {}
                 },
                 Attempt::Not(state) => {
-                    let pause = if matches!(state, State::Waiting { .. }) { FOLDER_POLL } else { RETRY };
+                    let pause = if matches!(state, State::Waiting { .. }) {
+                        FOLDER_POLL
+                    } else {
+                        RETRY
+                    };
                     tokio::select! {
                         biased;
                         _ = &mut stopped => return,
@@ -248,7 +271,14 @@ impl Place {
             let stream = match accepted {
                 Ok((stream, _)) => stream,
                 // The client has gone again; the next may be waiting already.
-                Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted) => continue,
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted
+                    ) =>
+                {
+                    continue;
+                }
                 Err(error) => {
                     tracing::warn!(endpoint = %self.endpoint, %error, "cannot accept a connection; trying again in {pause:?}");
                     tokio::select! {
@@ -269,7 +299,7 @@ impl Place {
             };
             tokio::select! {
                 _ = &mut *stopped => return End::Stopped,
-                sent = handover.send(Connection { stream, _share: share }) => {
+                sent = handover.send(Connection { stream, share: Share(share) }) => {
                     if sent.is_err() {
                         return End::Stopped;
                     }
@@ -280,15 +310,29 @@ impl Place {
 
     fn bind(&mut self, instead_of_our_own: bool) -> Attempt {
         let attempt = match &self.endpoint {
-            Endpoint::Path { path, mode, uid, gid } => {
-                let owner = path::Owner { mode: *mode, uid: *uid, gid: *gid };
-                path::bind(path, owner, instead_of_our_own, &self.host_proc).map(|(socket, file)| (socket, Some(file)))
+            Endpoint::Path {
+                path,
+                mode,
+                uid,
+                gid,
+            } => {
+                let owner = path::Owner {
+                    mode: *mode,
+                    uid: *uid,
+                    gid: *gid,
+                };
+                path::bind(path, owner, instead_of_our_own, &self.host_proc)
+                    .map(|(socket, file)| (socket, Some(file)))
             }
-            Endpoint::Abstract(name) => probe::bind_abstract(name, &self.host_proc).map(|socket| (socket, None)),
+            Endpoint::Abstract(name) => {
+                probe::bind_abstract(name, &self.host_proc).map(|socket| (socket, None))
+            }
         }
         .and_then(|(socket, file)| match UnixListener::from_std(socket) {
             Ok(socket) => Ok((socket, file)),
-            Err(error) => Err(State::Failed { reason: format!("cannot be watched for connections: {error}") }),
+            Err(error) => Err(State::Failed {
+                reason: format!("cannot be watched for connections: {error}"),
+            }),
         });
         let attempt = match attempt {
             Ok((socket, file)) => Attempt::Bound(socket, file),
@@ -315,41 +359,7 @@ impl Place {
 
 impl Incoming {
     /// The next connection; none when the listener was closed. Nothing is lost if this is dropped while it waits.
-    pub async fn next(&mut self) -> Option<Connection> {
+    pub(crate) async fn next(&mut self) -> Option<Connection> {
         self.0.recv().await
-    }
-}
-
-impl AsFd for Connection {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.stream.as_fd()
-    }
-}
-
-impl AsyncRead for Connection {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buf)
-    }
-}
-
-impl AsyncWrite for Connection {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buf)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
-
-    fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
     }
 }

@@ -53,44 +53,68 @@ pub(super) struct FileId {
 
 impl FileId {
     fn of(stat: &FileStat) -> Self {
-        Self { device: stat.st_dev, inode: stat.st_ino }
+        Self {
+            device: stat.st_dev,
+            inode: stat.st_ino,
+        }
     }
 }
 
 /// Listens at a path. `instead_of_our_own`: a socket on which this very process listens is replaced like a stale one.
-pub(super) fn bind(path: &Path, owner: Owner, instead_of_our_own: bool, host_proc: &Path) -> Result<(UnixListener, FileId), State> {
+pub(super) fn bind(
+    path: &Path,
+    owner: Owner,
+    instead_of_our_own: bool,
+    host_proc: &Path,
+) -> Result<(UnixListener, FileId), State> {
     let (folder, name) = open_folder(path)?;
     check_folder(path, &folder, owner)?;
     sweep(&folder);
-    match find(&folder, name, host_proc).map_err(|errno| failed(&format!("looking at {}", path.display()), errno))? {
+    match find(&folder, name, host_proc)
+        .map_err(|errno| failed(&format!("looking at {}", path.display()), errno))?
+    {
         Found::Nothing | Found::Stale => {}
         Found::Live(holder) if holder.pid == i32::try_from(std::process::id()).ok() => {
             if !instead_of_our_own {
-                return Err(State::Failed { reason: "another listener of this daemon has taken its place".into() });
+                return Err(State::Failed {
+                    reason: "another listener of this daemon has taken its place".into(),
+                });
             }
         }
         Found::Live(holder) => return Err(State::Taken { holder }),
         Found::Other(kind) => {
-            return Err(State::Failed { reason: format!("{} is {kind}; remove it or choose another path", path.display()) });
+            return Err(State::Failed {
+                reason: format!(
+                    "{} is {kind}; remove it or choose another path",
+                    path.display()
+                ),
+            });
         }
     }
     let private = PrivateFolder::make(&folder)?;
-    let (socket, file) = private.listen(owner).map_err(|(doing, errno)| failed(doing, errno))?;
-    renameat(&private.folder, SOCKET, &folder, name).map_err(|errno| failed(&format!("moving the socket to {}", path.display()), errno))?;
+    let (socket, file) = private
+        .listen(owner)
+        .map_err(|(doing, errno)| failed(doing, errno))?;
+    renameat(&private.folder, SOCKET, &folder, name)
+        .map_err(|errno| failed(&format!("moving the socket to {}", path.display()), errno))?;
     Ok((socket.into(), file))
 }
 
 /// Whether the path, resolved anew, still is this file: a mount over the folder moves the place as well.
 pub(super) fn is_still(path: &Path, file: FileId) -> bool {
     open_folder(path).is_ok_and(|(folder, name)| {
-        fstatat(&folder, name, AtFlags::AT_SYMLINK_NOFOLLOW).is_ok_and(|stat| FileId::of(&stat) == file)
+        fstatat(&folder, name, AtFlags::AT_SYMLINK_NOFOLLOW)
+            .is_ok_and(|stat| FileId::of(&stat) == file)
     })
 }
 
 /// Removes the socket if the path still is this file.
 pub(super) fn remove(path: &Path, file: FileId) {
-    let Ok((folder, name)) = open_folder(path) else { return };
-    if fstatat(&folder, name, AtFlags::AT_SYMLINK_NOFOLLOW).is_ok_and(|stat| FileId::of(&stat) == file)
+    let Ok((folder, name)) = open_folder(path) else {
+        return;
+    };
+    if fstatat(&folder, name, AtFlags::AT_SYMLINK_NOFOLLOW)
+        .is_ok_and(|stat| FileId::of(&stat) == file)
         && let Err(errno) = unlinkat(&folder, name, UnlinkatFlags::NoRemoveDir)
     {
         tracing::warn!(path = %path.display(), "cannot remove the socket: {}", errno.desc());
@@ -98,21 +122,30 @@ pub(super) fn remove(path: &Path, file: FileId) {
 }
 
 fn failed(doing: &str, errno: Errno) -> State {
-    State::Failed { reason: format!("{doing} failed: {}", errno.desc()) }
+    State::Failed {
+        reason: format!("{doing} failed: {}", errno.desc()),
+    }
 }
 
 /// The folder and the name in it.
 fn open_folder(path: &Path) -> Result<(OwnedFd, &OsStr), State> {
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
-        return Err(State::Failed { reason: format!("{} is not the path of a file", path.display()) });
+        return Err(State::Failed {
+            reason: format!("{} is not the path of a file", path.display()),
+        });
     };
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     match open(parent, flags, Mode::empty()) {
         Ok(folder) => Ok((folder, name)),
-        Err(Errno::ENOENT) => Err(State::Waiting { reason: format!("the folder {} does not exist yet", parent.display()) }),
+        Err(Errno::ENOENT) => Err(State::Waiting {
+            reason: format!("the folder {} does not exist yet", parent.display()),
+        }),
         // The folder of a link can be changed by changing the link, whoever owns the folder.
         Err(Errno::ENOTDIR | Errno::ELOOP) => Err(State::Failed {
-            reason: format!("{} is not a folder, or is a symbolic link to one; give the path without the link", parent.display()),
+            reason: format!(
+                "{} is not a folder, or is a symbolic link to one; give the path without the link",
+                parent.display()
+            ),
         }),
         Err(errno) => Err(failed(&format!("opening {}", parent.display()), errno)),
     }
@@ -127,11 +160,16 @@ fn check_folder(path: &Path, folder: &OwnedFd, owner: Owner) -> Result<(), State
     let stat = fstat(folder).map_err(|errno| failed(&format!("looking at {parent}"), errno))?;
     let mode = stat.st_mode & 0o7777;
     if ![0, geteuid().as_raw(), owner.uid].contains(&stat.st_uid) {
-        let reason = format!("{parent} belongs to uid {}, who could replace the socket; give it to root or to uid {}", stat.st_uid, owner.uid);
+        let reason = format!(
+            "{parent} belongs to uid {}, who could replace the socket; give it to root or to uid {}",
+            stat.st_uid, owner.uid
+        );
         return Err(State::Failed { reason });
     }
     if mode & 0o022 != 0 && mode & 0o1000 == 0 {
-        let reason = format!("{parent} has mode {mode:04o}: more than its owner could replace the socket; chmod go-w it");
+        let reason = format!(
+            "{parent} has mode {mode:04o}: more than its owner could replace the socket; chmod go-w it"
+        );
         return Err(State::Failed { reason });
     }
     Ok(())
@@ -147,7 +185,12 @@ enum Found {
 
 fn find(folder: &OwnedFd, name: &OsStr, host_proc: &Path) -> Result<Found, Errno> {
     // Held by descriptor, so that what is asked whether it lives is what was seen to be a socket.
-    let file = match openat(folder, name, OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty()) {
+    let file = match openat(
+        folder,
+        name,
+        OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC,
+        Mode::empty(),
+    ) {
         Ok(file) => file,
         Err(Errno::ENOENT) => return Ok(Found::Nothing),
         Err(errno) => return Err(errno),
@@ -179,7 +222,10 @@ struct PrivateFolder<'a> {
 impl<'a> PrivateFolder<'a> {
     fn make(parent: &'a OwnedFd) -> Result<Self, State> {
         for _ in 0..NAME_ATTEMPTS {
-            let name = OsString::from(format!("{PREFIX}{:016x}", RandomState::new().build_hasher().finish()));
+            let name = OsString::from(format!(
+                "{PREFIX}{:016x}",
+                RandomState::new().build_hasher().finish()
+            ));
             match mkdirat(parent, name.as_os_str(), Mode::S_IRWXU) {
                 Ok(()) => return Self::enter(parent, name),
                 Err(Errno::EEXIST) => {}
@@ -194,16 +240,25 @@ impl<'a> PrivateFolder<'a> {
     fn enter(parent: &'a OwnedFd, name: OsString) -> Result<Self, State> {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let doing = "entering the folder made for the socket";
-        let folder = openat(parent, name.as_os_str(), flags, Mode::empty()).map_err(|errno| failed(doing, errno))?;
+        let folder = openat(parent, name.as_os_str(), flags, Mode::empty())
+            .map_err(|errno| failed(doing, errno))?;
         let stat = fstat(&folder).map_err(|errno| failed(doing, errno))?;
         let here = fstat(parent).map_err(|errno| failed(doing, errno))?;
         // The bits beyond are inherited from a parent that hands on its group.
-        let private = stat.st_uid == geteuid().as_raw() && stat.st_mode & 0o777 == 0o700 && stat.st_dev == here.st_dev;
+        let private = stat.st_uid == geteuid().as_raw()
+            && stat.st_mode & 0o777 == 0o700
+            && stat.st_dev == here.st_dev;
         let empty = entries(&folder).is_ok_and(|mut entries| entries.next().is_none());
         if !private || !empty {
-            return Err(State::Failed { reason: "somebody replaced the folder made for the socket".into() });
+            return Err(State::Failed {
+                reason: "somebody replaced the folder made for the socket".into(),
+            });
         }
-        Ok(Self { parent, name, folder })
+        Ok(Self {
+            parent,
+            name,
+            folder,
+        })
     }
 
     /// Makes the socket in here, complete.
@@ -213,12 +268,24 @@ impl<'a> PrivateFolder<'a> {
         UnixAddr::new(address.as_str())
             .and_then(|address| bind_socket(socket.as_raw_fd(), &address))
             .map_err(|errno| ("binding the socket", errno))?;
-        fchmodat(&self.folder, SOCKET, Mode::from_bits_truncate(owner.mode), FchmodatFlags::NoFollowSymlink)
-            .map_err(|errno| ("setting the socket's mode", errno))?;
-        fchownat(&self.folder, SOCKET, Some(Uid::from_raw(owner.uid)), Some(Gid::from_raw(owner.gid)), AtFlags::AT_SYMLINK_NOFOLLOW)
-            .map_err(|errno| ("setting the socket's owner", errno))?;
+        fchmodat(
+            &self.folder,
+            SOCKET,
+            Mode::from_bits_truncate(owner.mode),
+            FchmodatFlags::NoFollowSymlink,
+        )
+        .map_err(|errno| ("setting the socket's mode", errno))?;
+        fchownat(
+            &self.folder,
+            SOCKET,
+            Some(Uid::from_raw(owner.uid)),
+            Some(Gid::from_raw(owner.gid)),
+            AtFlags::AT_SYMLINK_NOFOLLOW,
+        )
+        .map_err(|errno| ("setting the socket's owner", errno))?;
         start_listening(&socket).map_err(|errno| ("listening", errno))?;
-        let stat = fstatat(&self.folder, SOCKET, AtFlags::AT_SYMLINK_NOFOLLOW).map_err(|errno| ("looking at the socket", errno))?;
+        let stat = fstatat(&self.folder, SOCKET, AtFlags::AT_SYMLINK_NOFOLLOW)
+            .map_err(|errno| ("looking at the socket", errno))?;
         Ok((socket, FileId::of(&stat)))
     }
 }
@@ -250,8 +317,11 @@ fn sweep(parent: &OwnedFd) {
         .collect();
     for name in left_behind {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let Ok(folder) = openat(parent, name.as_os_str(), flags, Mode::empty()) else { continue };
-        let ours_and_old = fstat(&folder).is_ok_and(|stat| stat.st_uid == geteuid().as_raw() && age(&stat) > LEFT_BEHIND);
+        let Ok(folder) = openat(parent, name.as_os_str(), flags, Mode::empty()) else {
+            continue;
+        };
+        let ours_and_old = fstat(&folder)
+            .is_ok_and(|stat| stat.st_uid == geteuid().as_raw() && age(&stat) > LEFT_BEHIND);
         if ours_and_old {
             discard(parent, &name, &folder);
         }
@@ -259,6 +329,10 @@ fn sweep(parent: &OwnedFd) {
 }
 
 fn age(stat: &FileStat) -> Duration {
-    let changed = u64::try_from(stat.st_mtime).map_or(UNIX_EPOCH, |seconds| UNIX_EPOCH + Duration::from_secs(seconds));
-    SystemTime::now().duration_since(changed).unwrap_or_default()
+    let changed = u64::try_from(stat.st_mtime).map_or(UNIX_EPOCH, |seconds| {
+        UNIX_EPOCH + Duration::from_secs(seconds)
+    });
+    SystemTime::now()
+        .duration_since(changed)
+        .unwrap_or_default()
 }

@@ -6,7 +6,10 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockopt, listen, socket, sockopt};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockopt, listen,
+    socket, sockopt,
+};
 
 use super::State;
 use crate::peer::cgroup_of_peer;
@@ -16,13 +19,13 @@ const BACKLOG: i32 = 128;
 
 /// Somebody who listens where we want to.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Holder {
+pub(crate) struct Holder {
     /// Its user when it called `listen`.
-    pub uid: Option<u32>,
+    pub(crate) uid: Option<u32>,
     /// Its process, where our pid namespace shows it.
-    pub pid: Option<i32>,
+    pub(crate) pid: Option<i32>,
     /// Its cgroup, where the host's procfs shows it.
-    pub cgroup: Option<String>,
+    pub(crate) cgroup: Option<String>,
 }
 
 impl fmt::Display for Holder {
@@ -74,8 +77,11 @@ pub(super) fn life(address: &UnixAddr, host_proc: &Path) -> Result<Life, Errno> 
 
 /// Listens at an abstract name.
 pub(super) fn bind_abstract(name: &str, host_proc: &Path) -> Result<UnixListener, State> {
-    let failed = |doing: &str, errno: Errno| State::Failed { reason: format!("{doing} failed: {}", errno.desc()) };
-    let address = UnixAddr::new_abstract(name.as_bytes()).map_err(|errno| failed("making its address", errno))?;
+    let failed = |doing: &str, errno: Errno| State::Failed {
+        reason: format!("{doing} failed: {}", errno.desc()),
+    };
+    let address = UnixAddr::new_abstract(name.as_bytes())
+        .map_err(|errno| failed("making its address", errno))?;
     let listening = stream_socket().map_err(|errno| failed("making a socket", errno))?;
     match bind(listening.as_raw_fd(), &address) {
         Ok(()) => {}
@@ -83,7 +89,9 @@ pub(super) fn bind_abstract(name: &str, host_proc: &Path) -> Result<UnixListener
             return Err(match life(&address, host_proc) {
                 Ok(Life::Live(holder)) => State::Taken { holder },
                 // An abstract name is never left behind: this is a process that has bound it and does not listen.
-                Ok(Life::Stale) => State::Taken { holder: Holder::default() },
+                Ok(Life::Stale) => State::Taken {
+                    holder: Holder::default(),
+                },
                 Err(errno) => failed("asking who holds the name", errno),
             });
         }
@@ -95,7 +103,12 @@ pub(super) fn bind_abstract(name: &str, host_proc: &Path) -> Result<UnixListener
 
 /// A socket that neither blocks nor is inherited by the processes we start.
 pub(super) fn stream_socket() -> Result<OwnedFd, Errno> {
-    socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC, None)
+    socket(
+        AddressFamily::Unix,
+        SockType::Stream,
+        SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC,
+        None,
+    )
 }
 
 /// Lets clients connect to a socket that is bound.

@@ -10,9 +10,9 @@
 //!
 //! A refused peer is dropped without a byte and never learns why; the log and the counters do.
 
+mod complaints;
 mod parse;
 mod process;
-mod refusals;
 
 use std::fs;
 use std::io;
@@ -21,8 +21,8 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::socket::{getsockopt, sockopt};
 
-pub use parse::{NotAStaticPod, StaticPodUid};
-pub use refusals::Refusals;
+pub(crate) use complaints::Complaints;
+pub(crate) use parse::{NotAStaticPod, StaticPodUid};
 
 use process::{HostProc, Process};
 
@@ -31,24 +31,28 @@ const POD_LOG_LIMIT: usize = 16 * 1024;
 
 /// Who is let in.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Rules {
+pub(crate) struct Rules {
     /// The users whose processes may connect; kube-apiserver is 65534 on Talos.
-    pub uids: Vec<u32>,
+    pub(crate) uids: Vec<u32>,
     /// A procfs in which the peers can be seen: the host's.
-    pub host_proc: PathBuf,
+    pub(crate) host_proc: PathBuf,
     /// Where the kubelet keeps the logs of its pods.
-    pub pod_logs: PathBuf,
+    pub(crate) pod_logs: PathBuf,
 }
 
 impl Default for Rules {
     fn default() -> Self {
-        Self { uids: vec![65534], host_proc: "/proc".into(), pod_logs: "/var/log/pods".into() }
+        Self {
+            uids: vec![65534],
+            host_proc: "/proc".into(),
+            pod_logs: "/var/log/pods".into(),
+        }
     }
 }
 
 /// Which kind of socket a peer came by: only one of them has permissions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum EndpointKind {
+pub(crate) enum EndpointKind {
     /// A file with owner and mode in a folder with the same.
     Path,
     /// A name that anybody in the network namespace may connect to.
@@ -57,17 +61,17 @@ pub enum EndpointKind {
 
 /// A peer that was let in.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Peer {
+pub(crate) struct Peer {
     /// Its user.
-    pub uid: u32,
+    pub(crate) uid: u32,
     /// The UID of its static pod, where it could be seen.
-    pub pod_uid: Option<String>,
+    pub(crate) pod_uid: Option<String>,
 }
 
 /// Why a peer was not let in.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub enum Refusal {
+pub(crate) enum Refusal {
     /// The user is not among those allowed.
     #[error("its uid {uid} is not in kms.peers.uid")]
     Uid {
@@ -75,10 +79,14 @@ pub enum Refusal {
         uid: u32,
     },
     /// We live in a user namespace, where the host's strangers all look like 65534.
-    #[error("this daemon runs in a user namespace, where uids of the host cannot be told apart; run it outside of one, or use a path socket")]
+    #[error(
+        "this daemon runs in a user namespace, where uids of the host cannot be told apart; run it outside of one, or use a path socket"
+    )]
     UserNamespace,
     /// The kernel cannot name the peer's process.
-    #[error("the kernel has no SO_PEERPIDFD (it came with Linux 6.5), so the peer's process cannot be known; use a path socket")]
+    #[error(
+        "the kernel has no SO_PEERPIDFD (it came with Linux 6.5), so the peer's process cannot be known; use a path socket"
+    )]
     NoPidfd,
     /// The host's procfs is not there.
     #[error("{} does not serve as the host's procfs: {reason}; mount the host's /proc there, or set kms.peers.host_proc", host_proc.display())]
@@ -95,7 +103,9 @@ pub enum Refusal {
         host_proc: PathBuf,
     },
     /// Our cgroup namespace hides where the peer's cgroup begins.
-    #[error("its cgroup {cgroup:?} lies outside of this daemon's cgroup namespace; run the daemon in the host's")]
+    #[error(
+        "its cgroup {cgroup:?} lies outside of this daemon's cgroup namespace; run the daemon in the host's"
+    )]
     CgroupNamespace {
         /// The path as it is shown to us.
         cgroup: String,
@@ -134,22 +144,8 @@ pub enum Refusal {
 }
 
 impl Refusal {
-    /// Every label there is, for counters that start at zero.
-    pub const LABELS: [&'static str; 10] = [
-        "uid",
-        "user_namespace",
-        "no_pidfd",
-        "no_host_proc",
-        "pid_hidden",
-        "cgroup_namespace",
-        "exited",
-        "not_kube_apiserver",
-        "no_pod_log",
-        "trouble",
-    ];
-
     /// A short stable name for counters.
-    pub fn label(&self) -> &'static str {
+    pub(crate) fn label(&self) -> &'static str {
         match self {
             Self::Uid { .. } => "uid",
             Self::UserNamespace => "user_namespace",
@@ -169,7 +165,10 @@ impl Refusal {
     /// None of these may be something that a peer can bring about.
     fn is_blindness(&self) -> bool {
         match self {
-            Self::NoPidfd | Self::NoHostProc { .. } | Self::PidHidden { .. } | Self::CgroupNamespace { .. } => true,
+            Self::NoPidfd
+            | Self::NoHostProc { .. }
+            | Self::PidHidden { .. }
+            | Self::CgroupNamespace { .. } => true,
             Self::Uid { .. }
             | Self::UserNamespace
             | Self::Exited
@@ -181,27 +180,43 @@ impl Refusal {
 }
 
 /// Decides whether the peer of an accepted connection is let in.
-pub fn admit(connection: &impl AsFd, kind: EndpointKind, rules: &Rules) -> Result<Peer, Refusal> {
+pub(crate) fn admit(
+    connection: &impl AsFd,
+    kind: EndpointKind,
+    rules: &Rules,
+) -> Result<Peer, Refusal> {
     let uid = getsockopt(connection, sockopt::PeerCredentials)
-        .map_err(|errno| Refusal::Trouble { doing: "asking for the peer's credentials".into(), source: errno.into() })?
+        .map_err(|errno| Refusal::Trouble {
+            doing: "asking for the peer's credentials".into(),
+            source: errno.into(),
+        })?
         .uid();
     if !rules.uids.contains(&uid) {
         return Err(Refusal::Uid { uid });
     }
     match static_pod_of(connection, kind, rules) {
-        Ok(pod) => Ok(Peer { uid, pod_uid: Some(pod.as_str().to_owned()) }),
-        Err(refusal) if kind == EndpointKind::Path && refusal.is_blindness() => Ok(Peer { uid, pod_uid: None }),
+        Ok(pod) => Ok(Peer {
+            uid,
+            pod_uid: Some(pod.as_str().to_owned()),
+        }),
+        Err(refusal) if kind == EndpointKind::Path && refusal.is_blindness() => {
+            Ok(Peer { uid, pod_uid: None })
+        }
         Err(refusal) => Err(refusal),
     }
 }
 
 /// The cgroup of the process at the other end, if it can be seen: for an alarm that names who holds a socket.
-pub fn cgroup_of_peer(connection: &impl AsFd, host_proc: &Path) -> Option<String> {
+pub(crate) fn cgroup_of_peer(connection: &impl AsFd, host_proc: &Path) -> Option<String> {
     let process = Process::of_peer(connection).ok()?;
     process.cgroup(&HostProc::open(host_proc).ok()?).ok()
 }
 
-fn static_pod_of(connection: &impl AsFd, kind: EndpointKind, rules: &Rules) -> Result<StaticPodUid, Refusal> {
+fn static_pod_of(
+    connection: &impl AsFd,
+    kind: EndpointKind,
+    rules: &Rules,
+) -> Result<StaticPodUid, Refusal> {
     let process = Process::of_peer(connection)?;
     let host_proc = HostProc::open(&rules.host_proc)?;
     // A path socket's file has been checked by the kernel against the peer's real user, whatever number we are shown.
@@ -209,22 +224,33 @@ fn static_pod_of(connection: &impl AsFd, kind: EndpointKind, rules: &Rules) -> R
         return Err(Refusal::UserNamespace);
     }
     let cgroup = process.cgroup(&host_proc)?;
-    let pod = parse::static_pod(&cgroup).map_err(|why| Refusal::NotKubeApiserver { cgroup, why })?;
+    let pod =
+        parse::static_pod(&cgroup).map_err(|why| Refusal::NotKubeApiserver { cgroup, why })?;
     has_log_of_kube_apiserver(&rules.pod_logs, pod)
 }
 
 /// The kubelet names a pod's log folder by namespace, name and UID, and only root can make one: the only place on the node that
 /// ties a static pod's UID to the name kube-apiserver without asking the kube-apiserver.
 fn has_log_of_kube_apiserver(pod_logs: &Path, pod: StaticPodUid) -> Result<StaticPodUid, Refusal> {
-    let problem = |problem: String| Refusal::NoPodLog { pod_logs: pod_logs.to_owned(), problem, pod: pod.clone() };
+    let problem = |problem: String| Refusal::NoPodLog {
+        pod_logs: pod_logs.to_owned(),
+        problem,
+        pod: pod.clone(),
+    };
     let unreadable = |error: io::Error| problem(format!("cannot be read ({error}) to look for"));
     let mut matching = Vec::new();
     for (count, entry) in fs::read_dir(pod_logs).map_err(unreadable)?.enumerate() {
         let entry = entry.map_err(unreadable)?;
         if count == POD_LOG_LIMIT {
-            return Err(problem(format!("has more than {POD_LOG_LIMIT} entries, too many to look for")));
+            return Err(problem(format!(
+                "has more than {POD_LOG_LIMIT} entries, too many to look for"
+            )));
         }
-        if entry.file_name().to_str().is_some_and(|name| pod.names_log_folder_of_kube_apiserver(name)) {
+        if entry
+            .file_name()
+            .to_str()
+            .is_some_and(|name| pod.names_log_folder_of_kube_apiserver(name))
+        {
             // That of the entry itself: a link to a folder is not one.
             matching.push(entry.file_type().map_err(unreadable)?);
         }

@@ -9,7 +9,7 @@
 use std::fmt;
 
 /// The `Pid:` of a pidfd's `fdinfo`: positive, 0 for a process that this procfs cannot see, -1 for one that is gone.
-pub fn pidfd_pid(fdinfo: &str) -> Option<i64> {
+pub(crate) fn pidfd_pid(fdinfo: &str) -> Option<i64> {
     only(fdinfo.lines().filter_map(|line| line.strip_prefix("Pid:")))?
         .trim_matches([' ', '\t'])
         .parse()
@@ -17,28 +17,34 @@ pub fn pidfd_pid(fdinfo: &str) -> Option<i64> {
 }
 
 /// The innermost of the process ids that `status` lists: the one the process itself knows as its own.
-pub fn innermost_pid(status: &str) -> Option<u32> {
-    only(status.lines().filter_map(|line| line.strip_prefix("NSpid:")))?
-        .split_ascii_whitespace()
-        .next_back()?
-        .parse()
-        .ok()
+pub(crate) fn innermost_pid(status: &str) -> Option<u32> {
+    only(
+        status
+            .lines()
+            .filter_map(|line| line.strip_prefix("NSpid:")),
+    )?
+    .split_ascii_whitespace()
+    .next_back()?
+    .parse()
+    .ok()
 }
 
 /// Whether a `uid_map` maps every user to itself, so that a uid we are shown is the uid that the host means.
-pub fn is_identity_uid_map(uid_map: &str) -> bool {
-    only(uid_map.lines()).is_some_and(|line| line.split_ascii_whitespace().eq(["0", "0", "4294967295"]))
+pub(crate) fn is_identity_uid_map(uid_map: &str) -> bool {
+    only(uid_map.lines())
+        .is_some_and(|line| line.split_ascii_whitespace().eq(["0", "0", "4294967295"]))
 }
 
 /// The path of the unified hierarchy, from the one `0::` line of a `cgroup` file.
 ///
 /// The lines of the older hierarchies are not asked: on a hybrid node a container may be given one of them to write to.
-pub fn unified_cgroup(cgroup: &str) -> Option<&str> {
-    only(cgroup.lines().filter_map(|line| line.strip_prefix("0::"))).filter(|path| path.starts_with('/'))
+pub(crate) fn unified_cgroup(cgroup: &str) -> Option<&str> {
+    only(cgroup.lines().filter_map(|line| line.strip_prefix("0::")))
+        .filter(|path| path.starts_with('/'))
 }
 
 /// Whether a cgroup path leaves the cgroup namespace of its reader, and so does not begin where it seems to.
-pub fn is_outside_our_cgroup_namespace(cgroup: &str) -> bool {
+pub(crate) fn is_outside_our_cgroup_namespace(cgroup: &str) -> bool {
     cgroup.split('/').any(|component| component == "..")
 }
 
@@ -46,27 +52,34 @@ pub fn is_outside_our_cgroup_namespace(cgroup: &str) -> bool {
 ///
 /// Every other pod is given its UID by the API server, with dashes, so an ordinary pod can never have one of these.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct StaticPodUid(String);
+pub(crate) struct StaticPodUid(String);
 
 impl StaticPodUid {
     fn parse(text: &str) -> Option<Self> {
-        (text.len() == 32 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))).then(|| Self(text.to_owned()))
+        (text.len() == 32
+            && text
+                .bytes()
+                .all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f')))
+        .then(|| Self(text.to_owned()))
     }
 
     /// The 32 digits.
-    pub fn as_str(&self) -> &str {
+    pub(crate) fn as_str(&self) -> &str {
         &self.0
     }
 
     /// Whether `folder` is the name of the log folder that the kubelet makes for a kube-apiserver with this UID:
     /// `kube-system_kube-apiserver-<node>_<uid>`.
-    pub fn names_log_folder_of_kube_apiserver(&self, folder: &str) -> bool {
+    pub(crate) fn names_log_folder_of_kube_apiserver(&self, folder: &str) -> bool {
         folder
             .strip_prefix("kube-system_kube-apiserver-")
             .and_then(|rest| rest.strip_suffix(self.as_str()))
             .and_then(|rest| rest.strip_suffix('_'))
             .is_some_and(|node| {
-                !node.is_empty() && node.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.'))
+                !node.is_empty()
+                    && node
+                        .bytes()
+                        .all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.'))
             })
     }
 }
@@ -79,7 +92,7 @@ impl fmt::Display for StaticPodUid {
 
 /// Why a cgroup is not that of a static pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum NotAStaticPod {
+pub(crate) enum NotAStaticPod {
     /// No `kubepods` on the way.
     #[error("it is in no pod")]
     NoPod,
@@ -102,26 +115,40 @@ pub enum NotAStaticPod {
 /// Only the first `kubepods` counts and only the first pod in it: a container that may write to its own cgroup can go on
 /// below with any names it likes. For the same reason nothing counts below a `.service` or `.scope`: those are what systemd
 /// hands over to unprivileged users and services, and the kubelet's tree is never inside one.
-pub fn static_pod(cgroup: &str) -> Result<StaticPodUid, NotAStaticPod> {
+pub(crate) fn static_pod(cgroup: &str) -> Result<StaticPodUid, NotAStaticPod> {
     let mut components = cgroup.split('/').filter(|component| !component.is_empty());
     let systemd = loop {
         match components.next().ok_or(NotAStaticPod::NoPod)? {
             "kubepods" => break false,
             "kubepods.slice" => break true,
-            unit if unit.ends_with(".service") || unit.ends_with(".scope") => return Err(NotAStaticPod::InsideUnit),
+            unit if unit.ends_with(".service") || unit.ends_with(".scope") => {
+                return Err(NotAStaticPod::InsideUnit);
+            }
             _ => {}
         }
     };
     let first = components.next().ok_or(NotAStaticPod::NoPod)?;
     let (pod, prefix) = match (systemd, first) {
-        (false, "burstable" | "besteffort") => (components.next().ok_or(NotAStaticPod::NoPod)?, "pod"),
+        (false, "burstable" | "besteffort") => {
+            (components.next().ok_or(NotAStaticPod::NoPod)?, "pod")
+        }
         (false, _) => (first, "pod"),
-        (true, "kubepods-burstable.slice") => (components.next().ok_or(NotAStaticPod::NoPod)?, "kubepods-burstable-pod"),
-        (true, "kubepods-besteffort.slice") => (components.next().ok_or(NotAStaticPod::NoPod)?, "kubepods-besteffort-pod"),
+        (true, "kubepods-burstable.slice") => (
+            components.next().ok_or(NotAStaticPod::NoPod)?,
+            "kubepods-burstable-pod",
+        ),
+        (true, "kubepods-besteffort.slice") => (
+            components.next().ok_or(NotAStaticPod::NoPod)?,
+            "kubepods-besteffort-pod",
+        ),
         (true, _) => (first, "kubepods-pod"),
     };
     let uid = pod.strip_prefix(prefix).ok_or(NotAStaticPod::Layout)?;
-    let uid = if systemd { uid.strip_suffix(".slice").ok_or(NotAStaticPod::Layout)? } else { uid };
+    let uid = if systemd {
+        uid.strip_suffix(".slice").ok_or(NotAStaticPod::Layout)?
+    } else {
+        uid
+    };
     StaticPodUid::parse(uid).ok_or(NotAStaticPod::OrdinaryPod)
 }
 

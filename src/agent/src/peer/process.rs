@@ -36,7 +36,10 @@ impl Process {
             // Before Linux 6.16 a pidfd cannot be had for a process that was already reaped, and these say so.
             Err(Errno::ESRCH | Errno::EINVAL | Errno::ENOENT) => Err(Refusal::Exited),
             Err(Errno::ENOPROTOOPT) => Err(Refusal::NoPidfd),
-            Err(source) => Err(Refusal::Trouble { doing: "asking for the peer's pidfd".into(), source: source.into() }),
+            Err(source) => Err(Refusal::Trouble {
+                doing: "asking for the peer's pidfd".into(),
+                source: source.into(),
+            }),
         }
     }
 
@@ -45,7 +48,11 @@ impl Process {
         let fdinfo = host_proc.read(&format!("self/fdinfo/{}", self.pidfd.as_raw_fd()))?;
         let pid = match parse::pidfd_pid(&fdinfo) {
             Some(pid @ 1..) => pid,
-            Some(0) => return Err(Refusal::PidHidden { host_proc: host_proc.path.to_owned() }),
+            Some(0) => {
+                return Err(Refusal::PidHidden {
+                    host_proc: host_proc.path.to_owned(),
+                });
+            }
             Some(_) => return Err(Refusal::Exited),
             None => return Err(host_proc.unusable("fdinfo of a pidfd names no Pid")),
         };
@@ -55,9 +62,12 @@ impl Process {
             return Err(Refusal::Exited);
         }
         let cgroup = cgroup?;
-        let path = parse::unified_cgroup(&cgroup).ok_or_else(|| host_proc.unusable("the peer has no cgroup in the unified hierarchy"))?;
+        let path = parse::unified_cgroup(&cgroup)
+            .ok_or_else(|| host_proc.unusable("the peer has no cgroup in the unified hierarchy"))?;
         if parse::is_outside_our_cgroup_namespace(path) {
-            return Err(Refusal::CgroupNamespace { cgroup: path.to_owned() });
+            return Err(Refusal::CgroupNamespace {
+                cgroup: path.to_owned(),
+            });
         }
         Ok(path.to_owned())
     }
@@ -68,7 +78,12 @@ impl Process {
             match poll(&mut fds, PollTimeout::ZERO) {
                 Ok(ready) => return Ok(ready != 0),
                 Err(Errno::EINTR) => {}
-                Err(source) => return Err(Refusal::Trouble { doing: "polling the peer's pidfd".into(), source: source.into() }),
+                Err(source) => {
+                    return Err(Refusal::Trouble {
+                        doing: "polling the peer's pidfd".into(),
+                        source: source.into(),
+                    });
+                }
             }
         }
     }
@@ -83,12 +98,17 @@ pub(super) struct HostProc<'a> {
 impl<'a> HostProc<'a> {
     /// Opens it, and makes sure that it is a procfs and that we are in it.
     pub(super) fn open(path: &'a Path) -> Result<Self, Refusal> {
-        let folder = match open(path, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty()) {
+        let folder = match open(
+            path,
+            OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC,
+            Mode::empty(),
+        ) {
             Ok(folder) => folder,
             Err(errno) => return Err(refusal(path, path.display().to_string(), errno)),
         };
         let host_proc = Self { path, folder };
-        let kind = fstatfs(&host_proc.folder).map_err(|errno| refusal(path, path.display().to_string(), errno))?;
+        let kind = fstatfs(&host_proc.folder)
+            .map_err(|errno| refusal(path, path.display().to_string(), errno))?;
         if kind.filesystem_type() != PROC_SUPER_MAGIC {
             return Err(host_proc.unusable("it is not a procfs"));
         }
@@ -107,13 +127,21 @@ impl<'a> HostProc<'a> {
 
     fn read(&self, name: &str) -> Result<String, Refusal> {
         let full = || self.path.join(name).display().to_string();
-        let file = openat(&self.folder, name, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())
-            .map_err(|errno| refusal(self.path, full(), errno))?;
+        let file = openat(
+            &self.folder,
+            name,
+            OFlag::O_RDONLY | OFlag::O_CLOEXEC,
+            Mode::empty(),
+        )
+        .map_err(|errno| refusal(self.path, full(), errno))?;
         let mut bytes = Vec::new();
-        File::from(file).take(PROC_FILE_LIMIT + 1).read_to_end(&mut bytes).map_err(|error| {
-            let errno = error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
-            refusal(self.path, full(), errno)
-        })?;
+        File::from(file)
+            .take(PROC_FILE_LIMIT + 1)
+            .read_to_end(&mut bytes)
+            .map_err(|error| {
+                let errno = error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
+                refusal(self.path, full(), errno)
+            })?;
         if bytes.len() as u64 > PROC_FILE_LIMIT {
             return Err(self.unusable(&format!("{name} is longer than {PROC_FILE_LIMIT} bytes")));
         }
@@ -122,7 +150,10 @@ impl<'a> HostProc<'a> {
     }
 
     fn unusable(&self, reason: &str) -> Refusal {
-        Refusal::NoHostProc { host_proc: self.path.to_owned(), reason: reason.to_owned() }
+        Refusal::NoHostProc {
+            host_proc: self.path.to_owned(),
+            reason: reason.to_owned(),
+        }
     }
 }
 
@@ -131,8 +162,14 @@ impl<'a> HostProc<'a> {
 fn refusal(host_proc: &Path, file: String, errno: Errno) -> Refusal {
     match errno {
         Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM | Errno::EINTR | Errno::EIO => {
-            Refusal::Trouble { doing: format!("reading {file}"), source: errno.into() }
+            Refusal::Trouble {
+                doing: format!("reading {file}"),
+                source: errno.into(),
+            }
         }
-        _ => Refusal::NoHostProc { host_proc: host_proc.to_owned(), reason: format!("{file}: {}", errno.desc()) },
+        _ => Refusal::NoHostProc {
+            host_proc: host_proc.to_owned(),
+            reason: format!("{file}: {}", errno.desc()),
+        },
     }
 }

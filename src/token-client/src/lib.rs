@@ -13,10 +13,23 @@
 //! Everything runs inside one tokio `current_thread` runtime, but for one thread per token that
 //! spawns the host and waits for it.
 
+mod channel;
 pub mod config;
+mod dispatch;
 mod error;
+#[cfg(any(test, feature = "fake"))]
+pub mod fake;
+mod host;
+mod ladder;
+mod latch;
+mod output;
+mod shared;
+mod spawn;
+mod supervise;
+mod text;
 pub mod token;
 
 pub use config::{Config, Isolation, Launch, Loader, PinSource};
 pub use error::TokenError;
+pub use spawn::owns;
 pub use token::{State, Stats, Token};

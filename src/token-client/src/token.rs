@@ -4,13 +4,17 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use hsm_wire::envelope::Wrap;
-use hsm_wire::host::{Description, KeyRef};
+use hsm_wire::host::{Answer, Description, KeyRef, Request};
 use hsm_wire::secret::Secret;
-use tokio::sync::watch;
-use tokio::time::Instant;
+use tokio::sync::{oneshot, watch};
+use tokio::time::{Instant, timeout_at};
 
 use crate::config::Config;
+use crate::dispatch::Dispatch;
 use crate::error::TokenError;
+use crate::host::Hosts;
+use crate::shared::Shared;
+use crate::supervise::supervise;
 
 /// Whether the token can be used.
 #[derive(Debug, Clone)]
@@ -65,79 +69,158 @@ pub struct Stats {
 pub struct Token(Arc<Inner>);
 
 struct Inner {
-    name: String,
-    state: watch::Receiver<State>,
+    shared: Arc<Shared>,
+    stop: watch::Sender<bool>,
+    stopped: watch::Receiver<bool>,
 }
 
 impl Token {
     /// Starts the token's host and its supervision, inside the current tokio runtime. Returns at
     /// once: [`Token::state`] says what comes of it.
     pub fn start(config: Config) -> Self {
-        let (_, state) = watch::channel(State::Starting);
+        let hosts = Hosts::processes(config.name.clone(), config.launch.clone());
+        Self::start_on(config, hosts)
+    }
+
+    pub(crate) fn start_on(config: Config, hosts: Hosts) -> Self {
+        let dispatch = Dispatch::new(config.sessions, config.call_timeout);
+        let shared = Arc::new(Shared::new(config.name.clone(), dispatch));
+        let (stop, told) = watch::channel(false);
+        let (done, stopped) = watch::channel(false);
+        tokio::spawn(supervise(Arc::clone(&shared), config, hosts, told, done));
         Self(Arc::new(Inner {
-            name: config.name,
-            state,
+            shared,
+            stop,
+            stopped,
         }))
     }
 
     /// Its name.
     pub fn name(&self) -> &str {
-        &self.0.name
+        &self.0.shared.name
     }
 
     /// Its state, now and as it changes.
     pub fn state(&self) -> watch::Receiver<State> {
-        self.0.state.clone()
+        self.0.shared.state()
     }
 
     /// Its counters.
     pub fn stats(&self) -> Stats {
-        Stats::default()
+        self.0.shared.stats()
     }
 
     /// Wraps `plaintext` under `key`, bound to `aad`: nonce, ciphertext and tag as `wrap` lays them
     /// out.
     pub async fn seal(
         &self,
-        _key: &KeyRef,
-        _wrap: Wrap,
-        _aad: Vec<u8>,
-        _plaintext: Secret,
-        _deadline: Instant,
+        key: &KeyRef,
+        wrap: Wrap,
+        aad: Vec<u8>,
+        plaintext: Secret,
+        deadline: Instant,
     ) -> Result<Vec<u8>, TokenError> {
-        Err(self.down())
+        let key = key.clone();
+        let request = Request::Seal {
+            key,
+            wrap,
+            aad,
+            plaintext,
+        };
+        match self.ask(request, deadline).await? {
+            Answer::Sealed(sealed) => Ok(sealed),
+            _ => Err(self.no_such_answer()),
+        }
     }
 
-    /// Undoes [`Token::seal`].
+    /// Undoes [`Token::seal`]. The plaintext has `plaintext_len` bytes.
     pub async fn unseal(
         &self,
-        _key: &KeyRef,
-        _wrap: Wrap,
-        _aad: Vec<u8>,
-        _sealed: Vec<u8>,
-        _plaintext_len: u32,
-        _deadline: Instant,
+        key: &KeyRef,
+        wrap: Wrap,
+        aad: Vec<u8>,
+        sealed: Vec<u8>,
+        plaintext_len: u32,
+        deadline: Instant,
     ) -> Result<Secret, TokenError> {
-        Err(self.down())
+        let key = key.clone();
+        let request = Request::Unseal {
+            key,
+            wrap,
+            aad,
+            sealed,
+            plaintext_len,
+        };
+        match self.ask(request, deadline).await? {
+            Answer::Unsealed(plaintext) => Ok(plaintext),
+            _ => Err(self.no_such_answer()),
+        }
     }
 
     /// Seals and unseals fresh random bytes under `key` and compares.
     pub async fn probe(
         &self,
-        _key: &KeyRef,
-        _wrap: Wrap,
-        _deadline: Instant,
+        key: &KeyRef,
+        wrap: Wrap,
+        deadline: Instant,
     ) -> Result<(), TokenError> {
-        Err(self.down())
+        let key = key.clone();
+        match self.ask(Request::Probe { key, wrap }, deadline).await? {
+            Answer::Probed => Ok(()),
+            _ => Err(self.no_such_answer()),
+        }
     }
 
-    /// Ends the host and the supervision; every operation from now on is refused.
-    pub async fn stop(&self) {}
-
-    fn down(&self) -> TokenError {
-        TokenError::Down {
-            token: self.0.name.clone(),
-            reason: "not started".into(),
+    /// Looks at the token's keys anew and shows them in [`Token::state`]: a key may have been made
+    /// since the host was started.
+    pub async fn refresh(&self, deadline: Instant) -> Result<(), TokenError> {
+        match self.ask(Request::Describe, deadline).await? {
+            Answer::Described(description) => {
+                self.0.shared.described(description);
+                Ok(())
+            }
+            _ => Err(self.no_such_answer()),
         }
+    }
+
+    /// Ends the host and the supervision, and returns when both have; every operation from now on
+    /// is refused.
+    pub async fn stop(&self) {
+        self.0.stop.send_replace(true);
+        // An error says that the supervision was dropped with its runtime.
+        let _ = self.0.stopped.clone().wait_for(|stopped| *stopped).await;
+    }
+
+    async fn ask(&self, request: Request, deadline: Instant) -> Result<Answer, TokenError> {
+        let shared = &self.0.shared;
+        let (reply, answer) = oneshot::channel();
+        let id = shared.submit(request, deadline, reply)?;
+        let _place = Place { shared, id };
+        match timeout_at(deadline, answer).await {
+            Ok(Ok(reply)) => reply,
+            Ok(Err(_)) => Err(shared.down("its supervision has ended")),
+            Err(_) => Err(TokenError::Deadline {
+                token: shared.name.clone(),
+            }),
+        }
+    }
+
+    // Answers are compared with their questions before they come here.
+    fn no_such_answer(&self) -> TokenError {
+        self.0
+            .shared
+            .down("the module host answered another question")
+    }
+}
+
+/// A caller's place in the queue, freed when the caller goes.
+struct Place<'a> {
+    shared: &'a Shared,
+    id: u64,
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.shared.abandon(self.id);
     }
 }

@@ -62,7 +62,6 @@ func configured(t *testing.T, change ...func(*settings)) *daemon {
 	}
 	ask(t, "NewDaemon", Nothing{}, &d.folder)
 	d.configure(t)
-	t.Cleanup(func() { d.tellWhatWentWrong(t) })
 	return d
 }
 
@@ -82,6 +81,7 @@ func (d *daemon) start(t *testing.T) {
 	var pid int
 	ask(t, "Start", StartSpec{Folder: d.folder, Listen: []string{d.pathEndpoint(), d.abstractEndpoint()}}, &pid)
 	t.Cleanup(func() {
+		d.tellWhatWentWrong(t)
 		// A daemon that a test stopped already is stopped once more, which does nothing.
 		_ = keeper.Call("Keeper.Stop", SignalSpec{Folder: d.folder, Signal: syscall.SIGKILL}, new(string))
 	})

@@ -4,6 +4,7 @@ import (
 	"crypto/rand"
 	"encoding/hex"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"net"
@@ -47,9 +48,7 @@ func TestMain(m *testing.M) {
 		os.Exit(status)
 	}
 
-	// The client logs what the tests provoke on purpose.
-	klog.LogToStderr(false)
-	klog.SetOutput(io.Discard)
+	silenceClient()
 
 	line, err := net.FileConn(os.NewFile(keeperFD, "keeper"))
 	if err != nil {
@@ -58,6 +57,18 @@ func TestMain(m *testing.M) {
 	}
 	keeper = rpc.NewClient(line)
 	os.Exit(m.Run())
+}
+
+// silenceClient drops the client's log: tests provoke on purpose what it complains about.
+func silenceClient() {
+	var flags flag.FlagSet
+	klog.InitFlags(&flags)
+	for name, value := range map[string]string{"logtostderr": "false", "stderrthreshold": "FATAL"} {
+		if err := flags.Set(name, value); err != nil {
+			panic(err) // klog has no such flag
+		}
+	}
+	klog.SetOutput(io.Discard)
 }
 
 // keep is the root side: it starts the tests as the API server's process, serves them, and leaves nothing behind.
@@ -111,16 +122,15 @@ func keep() (status int, err error) {
 		CgroupFD:    int(pod.cgroup.Fd()),
 		Pdeathsig:   syscall.SIGKILL,
 	}
-	// An interrupt reaches the tests as well; we stay to clean up behind them.
-	signal.Ignore(syscall.SIGINT)
-	terminated := make(chan os.Signal, 1)
-	signal.Notify(terminated, syscall.SIGTERM)
+	// We outlive the tests, to clean up behind them.
+	ended := make(chan os.Signal, 1)
+	signal.Notify(ended, syscall.SIGINT, syscall.SIGTERM)
 	if err := tests.Start(); err != nil {
 		return 0, fmt.Errorf("start the tests as uid %d: %w", apiServerUID, err)
 	}
 	theirs.Close()
 	go func() {
-		<-terminated
+		<-ended
 		_ = tests.Process.Kill()
 	}()
 	err = tests.Wait()

@@ -118,7 +118,7 @@ func TestAProcessThatIsNotTheAPIServerIsRefusedAndLearnsNothing(t *testing.T) {
 	for _, endpoint := range []string{d.pathEndpoint(), d.abstractEndpoint()} {
 		var refusal string
 		ask(t, "CallAsRoot", endpoint, &refusal)
-		for _, secret := range []string{"uid", "cgroup", "peer", "65534"} {
+		for _, secret := range []string{"uid", "cgroup", "pod", "65534"} {
 			if strings.Contains(refusal, secret) {
 				t.Errorf("the refusal at %s tells the stranger what was looked at: %s", endpoint, refusal)
 			}

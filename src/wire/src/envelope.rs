@@ -35,6 +35,10 @@ pub const MAX_LEN: usize = 1024;
 /// Longest plaintext that may be sealed. The API server sends 32 bytes; 512 leaves room for any
 /// seed it may choose and keeps every envelope under [`MAX_LEN`].
 pub const MAX_PLAINTEXT_LEN: usize = 512;
+/// Bytes of the IV in front of an AES-GCM ciphertext whose IV the caller knows.
+pub const GCM_IV_LEN: usize = 12;
+/// Bytes of the tag behind an AES-GCM ciphertext.
+pub const GCM_TAG_LEN: usize = 16;
 /// Longest `key_id` the API server keeps.
 pub const MAX_KEY_ID_LEN: usize = 1024;
 
@@ -105,6 +109,16 @@ impl Wrap {
     pub fn to_bytes(self) -> [u8; 2] {
         [self.mechanism as u8, self.iv_mode as u8]
     }
+
+    /// Length of the sealed part for a plaintext of this length, where the layout fixes it.
+    pub fn sealed_len(self, plaintext_len: u32) -> Option<usize> {
+        match (self.mechanism, self.iv_mode) {
+            (Mechanism::AesGcm, IvMode::Caller | IvMode::Returned) => {
+                Some(GCM_IV_LEN + plaintext_len as usize + GCM_TAG_LEN)
+            }
+            _ => None,
+        }
+    }
 }
 
 /// The clear part of an envelope.
@@ -129,9 +143,12 @@ pub enum EnvelopeError {
     /// Longer than the API server can ever have stored.
     #[error("ciphertext has {0} bytes, over the limit of {MAX_LEN}")]
     TooLong(usize),
-    /// Too short for a header and a sealed part.
+    /// Too short for a header and the sealed part that it announces.
     #[error("ciphertext has {0} bytes and is cut short")]
     Truncated(usize),
+    /// Longer than the sealed part that the header announces.
+    #[error("ciphertext has {0} bytes more than its header announces")]
+    Trailing(usize),
     /// Another plugin's data, or none of ours.
     #[error("ciphertext does not begin with the magic of this plugin: another KMS plugin wrote it")]
     ForeignFormat,
@@ -139,7 +156,7 @@ pub enum EnvelopeError {
     #[error("ciphertext has format version {0}, this daemon reads only {VERSION}")]
     Version(u8),
     /// A mechanism or IV mode that does not exist, or a set reserved byte.
-    #[error("ciphertext header is damaged: {0}")]
+    #[error("ciphertext header is damaged")]
     Header(#[source] MalformedError),
     /// The length in the header cannot be.
     #[error(
@@ -198,7 +215,15 @@ pub fn split(envelope: &[u8]) -> Result<(Header, &[u8]), EnvelopeError> {
     if header.plaintext_len as usize > MAX_PLAINTEXT_LEN {
         return Err(EnvelopeError::PlaintextLen(header.plaintext_len));
     }
-    Ok((header, reader.rest()))
+    let sealed = reader.rest();
+    // Found here, a cut envelope is told from a tampered one, and costs no HSM operation.
+    match header.wrap.sealed_len(header.plaintext_len) {
+        Some(announced) if sealed.len() < announced => Err(EnvelopeError::Truncated(len)),
+        Some(announced) if sealed.len() > announced => {
+            Err(EnvelopeError::Trailing(sealed.len() - announced))
+        }
+        _ => Ok((header, sealed)),
+    }
 }
 
 fn read_fields(reader: &mut Reader<'_>) -> Result<Header, EnvelopeError> {

@@ -33,7 +33,8 @@ pub const MAX_MESSAGE_LEN: usize = 64 * 1024;
 pub const MAX_PIN_LEN: usize = 1024;
 /// Longest CKA_ID or CKA_LABEL that names a key.
 pub const MAX_NAME_LEN: usize = 255;
-/// Most keys a token description lists. 128 × ~400 bytes stays under [`MAX_MESSAGE_LEN`].
+/// Most keys a token description lists. A usual one takes about 100 bytes; the names of all of them
+/// at their limit would not fit into [`MAX_MESSAGE_LEN`], so their bytes have a limit as well.
 pub const MAX_KEYS: usize = 128;
 /// Longest AAD: envelope header and key_id.
 pub const MAX_AAD_LEN: usize = 64 + MAX_KEY_ID_LEN;
@@ -42,6 +43,9 @@ const MAX_PATH_LEN: usize = 4096;
 const MAX_URI_LEN: usize = 2048;
 /// Most notes on refused PINs in an Open; who has more must not log in.
 pub const MAX_LATCH_NOTES: usize = 64;
+/// What is left of a message when head, recovery steps, counts and a token of four names at their
+/// limit (1045 bytes) are taken off.
+const MAX_KEYS_LEN: usize = MAX_MESSAGE_LEN - 2048;
 const HIGH_BIT: u8 = 0x80;
 
 /// Where a key is found, and which key it must be once found.
@@ -475,20 +479,38 @@ fn read_token(r: &mut Reader<'_>) -> Result<TokenInfo, MalformedError> {
     })
 }
 
+/// Whatever a token holds, the daemon must be able to read the answer: a key that would break a
+/// limit is left out and counted.
 fn put_description(w: &mut Writer, description: &Description) {
-    put_token(w, &description.token);
-    let keys = &description.keys[..description.keys.len().min(MAX_KEYS)];
-    w.u16(description.omitted).u16(keys.len() as u16);
-    for info in keys {
-        put_key(w, &info.key);
-        w.u16(info.bits).u8(u8::from(info.sensitive)
-            | u8::from(info.extractable) << 1
-            | u8::from(info.never_extractable) << 2);
-        match &info.wrap {
-            Ok(wrap) => w.u8(0).put(&wrap.to_bytes()),
-            Err(reason) => w.u8(1).bytes(cut(reason, MAX_NAME_LEN).as_bytes()),
-        };
+    let mut keys: Vec<u8> = Vec::new();
+    let mut count: u16 = 0;
+    for info in &description.keys {
+        let key = encode_key_info(info);
+        let named = info.key.id.len().max(info.key.label.len()) <= MAX_NAME_LEN;
+        if named && usize::from(count) < MAX_KEYS && keys.len() + key.len() <= MAX_KEYS_LEN {
+            keys.extend_from_slice(&key);
+            count += 1;
+        }
     }
+    let left_out = description.keys.len() - usize::from(count);
+    let omitted = usize::from(description.omitted) + left_out;
+    put_token(w, &description.token);
+    w.u16(u16::try_from(omitted).unwrap_or(u16::MAX))
+        .u16(count)
+        .put(&keys);
+}
+
+fn encode_key_info(info: &KeyInfo) -> Zeroizing<Vec<u8>> {
+    let mut w = Writer::with_capacity(1024);
+    put_key(&mut w, &info.key);
+    w.u16(info.bits).u8(u8::from(info.sensitive)
+        | u8::from(info.extractable) << 1
+        | u8::from(info.never_extractable) << 2);
+    match &info.wrap {
+        Ok(wrap) => w.u8(0).put(&wrap.to_bytes()),
+        Err(reason) => w.u8(1).bytes(cut(reason, MAX_NAME_LEN).as_bytes()),
+    };
+    w.finish()
 }
 
 fn read_description(r: &mut Reader<'_>) -> Result<Description, MalformedError> {

@@ -1,0 +1,149 @@
+//! The life of the host after it is locked in: open the token, then answer until the daemon goes.
+//!
+//! N session threads block in receive on the one socket, each with a session of its own. One more
+//! thread waits for the hang-up and nothing else, so that the process ends with the daemon also when
+//! every session thread is stuck in the module.
+
+use std::sync::OnceLock;
+use std::thread;
+use std::time::Duration;
+
+use hsm_wire::fault::{Fault, FaultKind};
+use hsm_wire::host::{Answer, Open, Recovery, Request, Response};
+use nix::libc;
+
+use crate::channel::{Channel, Packet, Received};
+use crate::module::Threading;
+use crate::session::Worker;
+use crate::token::Token;
+
+/// Vendor code is tested on the stack that threads get by default, which is the main thread's 8 MiB.
+const STACK: usize = 8 * 1024 * 1024;
+/// For the module's own clean-up when the daemon is gone.
+const SHUT_DOWN: Duration = Duration::from_millis(500);
+
+static CHANNEL: OnceLock<Channel> = OnceLock::new();
+static TOKEN: OnceLock<Token> = OnceLock::new();
+
+/// Receives the first request, which must be Open.
+pub(crate) fn receive_open(channel: &Channel) -> (u64, Open) {
+    let mut packet = Packet::new();
+    match receive(channel, &mut packet) {
+        Some((id, Request::Open(open))) => (id, open),
+        Some((id, _)) => refuse(
+            channel,
+            id,
+            Fault::new(FaultKind::BadRequest, "the first request must open a token"),
+        ),
+        None => leave(0),
+    }
+}
+
+/// Answers with `fault`, and ends: the daemon starts a new host when it is time to try again.
+pub(crate) fn refuse(channel: &Channel, id: u64, fault: Fault) -> ! {
+    eprintln!("hsm-token: {fault}");
+    respond(channel, id, Err(fault));
+    leave(1)
+}
+
+/// Opens the token, then serves until the daemon hangs up.
+pub(crate) fn serve(channel: Channel, id: u64, open: Open) -> ! {
+    let channel = CHANNEL.get_or_init(|| channel);
+    spawn("hang-up", move || {
+        channel.wait_for_hang_up();
+        shut_down();
+    });
+    let sessions = open.sessions.clamp(1, 64);
+    let token = match Token::open(open) {
+        Ok(token) => TOKEN.get_or_init(|| token),
+        Err(fault) => refuse(channel, id, fault),
+    };
+    let info = token.enter().info.clone();
+    respond(channel, id, Ok(Answer::Opened(info)));
+    let sessions = match token.threading {
+        Threading::Parallel => sessions,
+        Threading::Serial => {
+            eprintln!("hsm-token: the module cannot lock; one session thread only");
+            1
+        }
+    };
+    for n in 1..sessions {
+        spawn(&format!("session {n}"), move || work(channel, token));
+    }
+    work(channel, token)
+}
+
+fn work(channel: &Channel, token: &Token) -> ! {
+    let mut worker = Worker::new(token);
+    worker.warm_up();
+    let mut packet = Packet::new();
+    while let Some((id, request)) = receive(channel, &mut packet) {
+        packet.wipe();
+        let response = worker.answer(id, &request);
+        drop(request);
+        if let Err(error) = channel.send(&response.encode()) {
+            eprintln!("hsm-token: an answer cannot be sent: {error}");
+            break;
+        }
+    }
+    // The thread that waits for the hang-up ends the process.
+    loop {
+        thread::park();
+    }
+}
+
+/// The next request; None when the daemon is gone. A daemon that speaks otherwise than agreed is
+/// another version or not ours: there is nothing to say to it.
+fn receive(channel: &Channel, packet: &mut Packet) -> Option<(u64, Request)> {
+    let problem = match channel.receive(packet) {
+        Ok(Received::Packet(bytes)) => match Request::decode(bytes) {
+            Ok(request) => return Some(request),
+            Err(error) => format!("a malformed request: {error}"),
+        },
+        Ok(Received::Closed) => return None,
+        Ok(Received::TooLong(len)) => format!("a request of {len} bytes"),
+        Err(error) => format!("a socket error: {error}"),
+    };
+    eprintln!("hsm-token: {problem}; leaving");
+    leave(1)
+}
+
+fn respond(channel: &Channel, id: u64, outcome: Result<Answer, Fault>) {
+    let response = Response {
+        id,
+        recovery: Recovery::default(),
+        outcome,
+    };
+    if let Err(error) = channel.send(&response.encode()) {
+        eprintln!("hsm-token: an answer cannot be sent: {error}");
+    }
+}
+
+fn shut_down() -> ! {
+    // C_Finalize frees sessions that a network HSM would count until they time out. It may as well
+    // hang, and then the process ends all the same.
+    spawn("last call", || {
+        thread::sleep(2 * SHUT_DOWN);
+        leave(0)
+    });
+    if let Some(token) = TOKEN.get() {
+        token.shut_down(SHUT_DOWN);
+    }
+    leave(0)
+}
+
+fn spawn(name: &str, body: impl FnOnce() + Send + 'static) {
+    let spawned = thread::Builder::new()
+        .name(name.to_owned())
+        .stack_size(STACK)
+        .spawn(body);
+    if let Err(error) = spawned {
+        eprintln!("hsm-token: thread `{name}` cannot be started: {error}");
+    }
+}
+
+/// Ends the process without running the module's exit handlers, which may hang or crash.
+pub(crate) fn leave(code: i32) -> ! {
+    // SAFETY: _exit(2) has no preconditions.
+    unsafe { libc::_exit(code) }
+}

@@ -14,7 +14,7 @@ use http::{Method, Request, Response, StatusCode};
 use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::net::UnixStream;
+use tokio::io::{AsyncRead, AsyncWrite};
 
 /// What the daemon knows of itself.
 pub(crate) trait Source: Send + Sync + 'static {
@@ -28,7 +28,10 @@ pub(crate) trait Source: Send + Sync + 'static {
 const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Answers one connection.
-pub(crate) async fn serve(source: Arc<dyn Source>, stream: UnixStream) {
+pub(crate) async fn serve<S>(source: Arc<dyn Source>, stream: S)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let service = hyper::service::service_fn(move |request| {
         let response = answer(&*source, &request);
         async move { Ok::<_, Infallible>(response) }

@@ -305,8 +305,8 @@ impl Keyring {
     /// Asks every token that is up for its keys again: one may have been made since.
     pub(crate) async fn look_again(&self, deadline: Instant) {
         for named in &self.tokens {
-            // DESCRIBE
-            let _ = (named, deadline);
+            // A failure shows in the token's state, which the refresh below reads.
+            let _ = named.token.refresh(deadline).await;
         }
         self.refresh();
     }

@@ -10,10 +10,12 @@
 //! | [`softhsm`] | a token with a key-encryption key |
 //! | [`daemon`] | hsmd, and what it says of itself |
 //! | [`cluster`] | etcd and kube-apiserver, and requests to both |
+//! | [`story`] | the main job and three bad days, step by step |
 
 pub mod cluster;
 pub mod daemon;
 pub mod softhsm;
+pub mod story;
 pub mod workbench;
 
 use std::path::PathBuf;

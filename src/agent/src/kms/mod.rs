@@ -25,6 +25,7 @@ use hsm_wire::secret::Secret;
 use tokio::sync::Notify;
 
 use crate::keyring::{Keyring, KeyringError, Opened};
+pub(crate) use prober::run as probe;
 pub(crate) use service::serve;
 
 /// The KMS API this face speaks; kube-apiserver compares it with "v2".

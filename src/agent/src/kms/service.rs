@@ -17,7 +17,7 @@ use hsm_wire::fault::FaultKind;
 use http::{Request, Response};
 use hyper::body::Incoming as HttpBody;
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use tokio::net::UnixStream;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tonic::body::Body;
@@ -41,7 +41,10 @@ const MAX_HEADERS: u32 = 8 * 1024;
 
 /// Serves one connection until it ends; when `drain` turns true, lets what is under way finish and
 /// sends the client elsewhere.
-pub(crate) async fn serve(face: Arc<Face>, stream: UnixStream, mut drain: watch::Receiver<bool>) {
+pub(crate) async fn serve<S>(face: Arc<Face>, stream: S, mut drain: watch::Receiver<bool>)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let service = hyper::service::service_fn(move |request| {
         let face = Arc::clone(&face);
         async move { Ok::<_, Infallible>(route(&face, request).await) }
@@ -51,9 +54,12 @@ pub(crate) async fn serve(face: Arc<Face>, stream: UnixStream, mut drain: watch:
         .max_header_list_size(MAX_HEADERS)
         .serve_connection(TokioIo::new(stream), service);
     tokio::pin!(connection);
+    let drained = async {
+        let _ = drain.wait_for(|drain| *drain).await;
+    };
     let ended = tokio::select! {
         ended = &mut connection => ended,
-        _ = drain.wait_for(|drain| *drain) => {
+        () = drained => {
             connection.as_mut().graceful_shutdown();
             connection.await
         }

@@ -17,7 +17,7 @@ use aes_gcm::{Aes256Gcm, KeyInit, Nonce};
 use hsm_wire::envelope::Wrap;
 use hsm_wire::fault::{Fault, FaultKind};
 use hsm_wire::host::{
-    Answer, Description, KeyInfo, KeyRef, Recovery, Request, Response, TokenInfo,
+    Answer, Description, KeyInfo, KeyRef, LatchNote, Open, Recovery, Request, Response, TokenInfo,
 };
 use hsm_wire::identity::{FINGERPRINT_BLOCK, Fingerprint, FingerprintMethod};
 use hsm_wire::secret::Secret;
@@ -302,10 +302,8 @@ async fn serve(fake: Fake, channel: Arc<Channel>) -> &'static str {
         };
         match request {
             Request::Open(open) => {
-                fake.count(|c| c.logins += u64::from(open.pin.is_some()));
                 sessions = Arc::new(Semaphore::new(usize::from(open.sessions)));
-                let fault = fake.0.switches.borrow().open.clone();
-                let outcome = fault.map_or_else(|| Ok(Answer::Opened(token_info())), Err);
+                let outcome = fake.open(&open).map(Answer::Opened);
                 fake.answer(&channel, id, outcome).await;
             }
             Request::Describe => {
@@ -358,6 +356,19 @@ impl Fake {
         };
         // A daemon that is gone needs no answer.
         let _ = channel.send(&response.encode()).await;
+    }
+
+    // As a host does it: what was refused before is not tried again, and each try is counted.
+    fn open(&self, open: &Open) -> Result<TokenInfo, Fault> {
+        let refused =
+            |note: &LatchNote| note.serial == SERIAL && note.generation >= open.pin_generation;
+        if open.pin.is_some() && open.latched.iter().any(refused) {
+            let text = "a PIN of this generation was refused before";
+            return Err(Fault::new(FaultKind::PinLatched, text).on_token(SERIAL));
+        }
+        self.count(|c| c.logins += u64::from(open.pin.is_some()));
+        let fault = self.0.switches.borrow().open.clone();
+        fault.map_or_else(|| Ok(token_info()), Err)
     }
 
     async fn operate(&self, request: Request) -> Result<Answer, Fault> {

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use tokio::sync::oneshot;
 
@@ -16,7 +17,7 @@ use crate::spawn::{Launcher, Process};
 pub(crate) enum Hosts {
     Processes {
         token: String,
-        launch: Launch,
+        launch: Arc<Launch>,
         /// Made at the first start, so that a machine out of threads is a token that is down.
         launcher: Option<Launcher>,
     },
@@ -39,7 +40,7 @@ impl Hosts {
     pub(crate) fn processes(token: String, launch: Launch) -> Self {
         Self::Processes {
             token,
-            launch,
+            launch: Arc::new(launch),
             launcher: None,
         }
     }
@@ -55,7 +56,7 @@ impl Hosts {
             } => {
                 let launcher = match launcher {
                     Some(launcher) => launcher,
-                    None => launcher.insert(Launcher::new(token, launch.clone())?),
+                    None => launcher.insert(Launcher::new(token, Arc::clone(launch))?),
                 };
                 let (process, pipe) = launcher.start(theirs).await?;
                 let (output, gone) = oneshot::channel();

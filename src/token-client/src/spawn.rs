@@ -43,7 +43,7 @@ pub fn owns(pid: u32) -> bool {
 
 /// One token's thread. Dropping it lets the thread end after the host that it waits for.
 pub(crate) struct Launcher {
-    launch: Launch,
+    launch: Arc<Launch>,
     jobs: mpsc::SyncSender<Job>,
 }
 
@@ -53,7 +53,7 @@ struct Job {
 }
 
 impl Launcher {
-    pub(crate) fn new(token: &str, launch: Launch) -> io::Result<Self> {
+    pub(crate) fn new(token: &str, launch: Arc<Launch>) -> io::Result<Self> {
         let (jobs, todo) = mpsc::sync_channel(1);
         thread::Builder::new()
             .name(format!("host {token}"))

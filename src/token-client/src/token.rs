@@ -224,3 +224,6 @@ impl Drop for Place<'_> {
         self.shared.abandon(self.id);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,318 @@
+//! The daemon's configuration: one strict YAML file, read into values that cannot be wrong.
+//!
+//! [`parse`] is pure. What it returns has passed every check that can be made without the token; what
+//! it refuses comes back as [`Errors`], all of them at once, each with line, column, field, cause and
+//! a way out. There is no default for anything that decides whose Secrets are sealed under what.
+//!
+//! | module | what it does |
+//! |---|---|
+//! | `document` | YAML → plain values and their places, within limits |
+//! | `reader` | plain values → fields of the right type; notes every mistake |
+//! | `values` | names, paths, durations, modes |
+//! | `tokens`, `kms` | the two sections |
+//! | [`plan`] | may this configuration follow that one? |
+//!
+//! **Invariant:** no message repeats a value from `pin` or `env`, where a secret may stand by mistake.
+//! **Invariant:** a [`Config`] comes from [`parse`] only.
+
+mod document;
+mod error;
+mod kms;
+pub(crate) mod plan;
+mod reader;
+mod tokens;
+mod values;
+
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+pub(crate) use document::MAX_BYTES;
+pub(crate) use error::Errors;
+pub(crate) use kms::Kms;
+pub(crate) use tokens::Token;
+
+use crate::keyring::ClusterNames;
+use crate::listen::Endpoint;
+use document::Node;
+use error::Problem;
+use reader::{Complaint, Cursor, Fields, Log, Way};
+
+/// A checked configuration.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Config {
+    /// Whose Secrets are sealed, and under which former names they still open.
+    pub(crate) clusters: ClusterNames,
+    /// In the order in which keys are looked for.
+    pub(crate) tokens: Vec<Token>,
+    /// The KMS v2 face.
+    pub(crate) kms: Kms,
+    /// Where the notes on refused PINs are kept.
+    pub(crate) state_dirs: Vec<PathBuf>,
+    /// Where health is served, if the file says so.
+    pub(crate) health_listen: Option<Endpoint>,
+}
+
+/// Reads and checks a file.
+pub(crate) fn load(path: &Path) -> Result<Config, Errors> {
+    let file = path.display().to_string();
+    let mut bytes = Vec::new();
+    File::open(path)
+        // One byte more than allowed tells a file of the right size from a longer one.
+        .and_then(|opened| opened.take(MAX_BYTES as u64 + 1).read_to_end(&mut bytes))
+        .map_err(|error| Errors::one(&file, Problem::new("cannot be read").because(&error)))?;
+    parse(&decode(bytes, &file)?, &file)
+}
+
+/// The limits that come before any parser: size and encoding.
+pub(crate) fn decode(bytes: Vec<u8>, file: &str) -> Result<String, Errors> {
+    if bytes.len() > MAX_BYTES {
+        let problem = Problem::new(format!("longer than {MAX_BYTES} bytes"))
+            .hint("is this the right file? a configuration takes a few thousand bytes");
+        return Err(Errors::one(file, problem));
+    }
+    String::from_utf8(bytes).map_err(|error| {
+        let before = error.utf8_error().valid_up_to();
+        let line = 1 + error.as_bytes()[..before]
+            .iter()
+            .filter(|b| **b == b'\n')
+            .count();
+        Errors::one(
+            file,
+            Problem::new(format!("not UTF-8 text, from line {line} on")),
+        )
+    })
+}
+
+/// Checks a text; `file` names it in errors.
+pub(crate) fn parse(text: &str, file: &str) -> Result<Config, Errors> {
+    let document = document::parse(text, file)?;
+    if document == Node::Nothing {
+        let problem = Problem::new("the file is empty").hint(
+            "to run without a configuration, remove the file; the daemon then waits unconfigured",
+        );
+        return Err(Errors::one(file, problem));
+    }
+    let log = Log::default();
+    match read(&Cursor::root(&document, &log)) {
+        Some(config) if log.is_empty() => Ok(config),
+        _ => Err(log.into_errors(text, file)),
+    }
+}
+
+/// `hsmd check FILE`: what to print on stdout and stderr, and the exit code.
+pub(crate) fn check_command(path: &Path) -> (String, String, u8) {
+    match load(path) {
+        Ok(config) => (summary(&config, path), String::new(), 0),
+        Err(errors) => (String::new(), errors.report(), 1),
+    }
+}
+
+fn summary(config: &Config, path: &Path) -> String {
+    let mut out = format!(
+        "{}: ok: cluster `{}`\n",
+        path.display(),
+        config.clusters.own
+    );
+    for token in &config.tokens {
+        out += &format!(
+            "  token {}: {} by {}\n",
+            token.name,
+            token.uri,
+            token.module.display()
+        );
+    }
+    for key in &config.kms.keys {
+        out += &format!(
+            "  key {}: {}, epoch {}\n",
+            key.uri,
+            key.state.name(),
+            key.epoch
+        );
+    }
+    out
+}
+
+fn read(root: &Cursor<'_>) -> Option<Config> {
+    let fields = root.fields(&[
+        "cluster",
+        "accept_clusters",
+        "tokens",
+        "kms",
+        "state_dirs",
+        "health",
+    ])?;
+    let clusters = clusters(&fields);
+    let tokens = fields.required(
+        "tokens",
+        "tokens: [{name: …, uri: …, module: …, pin: …}]",
+        |c| tokens::read(c),
+    );
+    let kms = fields.required("kms", "kms: {keys: [{uri: …, epoch: 1, …}]}", kms::read);
+    let default_dirs = vec![PathBuf::from("/run/hsm"), PathBuf::from("/var/lib/hsm")];
+    let state_dirs = fields.or("state_dirs", default_dirs, |c| c.each(1..=8, values::path));
+    let health_listen = fields.optional("health", health);
+    let config = Config {
+        clusters: clusters?,
+        tokens: tokens?,
+        kms: kms?,
+        state_dirs: state_dirs?,
+        health_listen: health_listen?,
+    };
+    keys_name_configured_tokens(root, &config);
+    hosts_stay_apart(root, &config);
+    Some(config)
+}
+
+fn clusters(fields: &Fields<'_>) -> Option<ClusterNames> {
+    let own = fields.required("cluster", "cluster: NAME", values::cluster_name);
+    let mut seen: Vec<String> = Vec::new();
+    let accepted = fields.or("accept_clusters", Vec::new(), |list| {
+        list.each(0..=16, |item| {
+            let name = values::cluster_name(item)?;
+            if seen.contains(&name) {
+                return item.complain(Complaint::new(format!("`{name}` is listed twice")));
+            }
+            if own.as_ref() == Some(&name) {
+                return item.complain(
+                    Complaint::new(format!("`{name}` is this cluster's own name"))
+                        .hint("list former names only"),
+                );
+            }
+            seen.push(name.clone());
+            Some(name)
+        })
+    });
+    Some(ClusterNames {
+        own: own?,
+        accepted: accepted?,
+    })
+}
+
+fn health(cursor: &Cursor<'_>) -> Option<Endpoint> {
+    let fields = cursor.fields(&["listen"])?;
+    fields.required("listen", "listen: unix:///run/hsm/health.sock", |cursor| {
+        cursor.text("a socket as unix:///PATH", |text| {
+            match text.parse() {
+                // An abstract socket has no mode: every process on the node could read the status.
+                Ok(Endpoint::Abstract(_)) => Err(Complaint::new(
+                    "health is served on a path only, which its mode protects",
+                )
+                .hint("write unix:///PATH")),
+                Ok(endpoint) => Ok(endpoint),
+                Err(cause) => Err(Complaint::new("no socket to listen at").because(cause)),
+            }
+        })
+    })
+}
+
+/// A key on a token that nobody configured would never be found.
+fn keys_name_configured_tokens(root: &Cursor<'_>, config: &Config) {
+    for (index, key) in config.kms.keys.iter().enumerate() {
+        if config
+            .tokens
+            .iter()
+            .any(|token| tokens::may_hold(&token.uri, &key.uri))
+        {
+            continue;
+        }
+        let way = [
+            Way::Name("kms"),
+            Way::Name("keys"),
+            Way::Index(index),
+            Way::Name("uri"),
+        ];
+        if let Some(cursor) = root.find(&way) {
+            let tokens: Vec<String> = config
+                .tokens
+                .iter()
+                .map(|token| format!("`{}` is {}", token.name, token.uri))
+                .collect();
+            cursor.complain::<()>(
+                Complaint::new("the URI's token attributes match no configured token")
+                    .hint(tokens.join(", ")),
+            );
+        }
+    }
+}
+
+/// Vendor code is not trusted with the node: a host must neither pass as a client nor be shown the
+/// files that would let it, whatever the file says.
+fn hosts_stay_apart(root: &Cursor<'_>, config: &Config) {
+    let mut guarded: Vec<(&str, &Path)> = vec![
+        ("the processes of the node", Path::new("/proc")),
+        ("kernel settings", Path::new("/sys")),
+        ("all devices", Path::new("/dev")),
+        ("Talos' configuration files", Path::new("/system/overlays")),
+        ("the processes of the node", &config.kms.peers.host_proc),
+    ];
+    let pins = config
+        .tokens
+        .iter()
+        .filter_map(|token| token.pin.source.file());
+    guarded.extend(pins.map(|file| ("a PIN", file)));
+    guarded.extend(
+        config
+            .state_dirs
+            .iter()
+            .map(|dir| ("the notes on refused PINs", dir.as_path())),
+    );
+    let listen = config
+        .kms
+        .listen
+        .iter()
+        .flatten()
+        .chain(&config.health_listen);
+    guarded.extend(listen.filter_map(|endpoint| match endpoint {
+        Endpoint::Path { path, .. } => Some(("a client's socket", path.as_path())),
+        Endpoint::Abstract(_) => None,
+    }));
+
+    for (index, token) in config.tokens.iter().enumerate() {
+        let host = |rest: &[Way<'_>]| {
+            root.find(&[Way::Name("tokens"), Way::Index(index), Way::Name("host")])?
+                .find(rest)
+        };
+        let Some(isolation) = &token.launch.isolation else {
+            continue;
+        };
+        if config.kms.peers.uids.contains(&isolation.uid)
+            && let Some(cursor) = host(&[Way::Name("uid")])
+        {
+            cursor.complain::<()>(
+                Complaint::new(format!(
+                    "uid {} is a client's (kms.peers.uid): the module could call the socket itself",
+                    isolation.uid
+                ))
+                .hint("give the host a uid that nothing else on the node has"),
+            );
+        }
+        for (field, paths) in [
+            ("read_only", &isolation.read_only),
+            ("read_write", &isolation.read_write),
+        ] {
+            for (item, path) in paths.iter().enumerate() {
+                let found = guarded
+                    .iter()
+                    .find(|(_, guarded)| guarded.starts_with(path));
+                if let Some((what, inside)) = found
+                    && let Some(cursor) = host(&[Way::Name(field), Way::Index(item)])
+                {
+                    // The PIN's path is in the file anyway, but its section stays unquoted.
+                    let place = if *what == "a PIN" {
+                        String::new()
+                    } else {
+                        format!(" ({})", inside.display())
+                    };
+                    cursor.complain::<()>(
+                        Complaint::new(format!("would show the module {what}{place}"))
+                            .hint("name the files that the module needs, not a folder above them"),
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

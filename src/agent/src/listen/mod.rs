@@ -259,7 +259,7 @@ impl Place {
                 () = handover.closed() => return End::Stopped,
                 _ = look.tick() => {
                     if let (Endpoint::Path { path, .. }, Some(file)) = (&self.endpoint, file)
-                        && !path::is_still(path, file)
+                        && path::is_lost(path, file)
                     {
                         tracing::warn!(endpoint = %self.endpoint, "the socket was removed or replaced; listening anew");
                         return End::Lost;

@@ -67,7 +67,7 @@ pub(super) fn bind(
     instead_of_our_own: bool,
     host_proc: &Path,
 ) -> Result<(UnixListener, FileId), State> {
-    let (folder, name) = open_folder(path)?;
+    let (folder, name) = open_folder(path).map_err(|errno| without_folder(path, errno))?;
     check_folder(path, &folder, owner)?;
     sweep(&folder);
     match find(&folder, name, host_proc)
@@ -100,16 +100,18 @@ pub(super) fn bind(
     Ok((socket.into(), file))
 }
 
-/// Whether the path, resolved anew, still is this file: a mount over the folder moves the place as well.
-pub(super) fn is_still(path: &Path, file: FileId) -> bool {
-    open_folder(path).is_ok_and(|(folder, name)| {
-        fstatat(&folder, name, AtFlags::AT_SYMLINK_NOFOLLOW)
-            .is_ok_and(|stat| FileId::of(&stat) == file)
-    })
+/// Whether the path, resolved anew, is known not to be this file any more: a mount over the folder moves the place as well.
+///
+/// Not being able to look, for want of a descriptor, is no reason to give up a socket that clients reach.
+pub(crate) fn is_lost(path: &Path, file: FileId) -> bool {
+    match identify(path) {
+        Ok(found) => found != file,
+        Err(errno) => matches!(errno, Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP),
+    }
 }
 
 /// Removes the socket if the path still is this file.
-pub(super) fn remove(path: &Path, file: FileId) {
+pub(crate) fn remove(path: &Path, file: FileId) {
     let Ok((folder, name)) = open_folder(path) else {
         return;
     };
@@ -121,6 +123,15 @@ pub(super) fn remove(path: &Path, file: FileId) {
     }
 }
 
+fn identify(path: &Path) -> Result<FileId, Errno> {
+    let (folder, name) = open_folder(path)?;
+    Ok(FileId::of(&fstatat(
+        &folder,
+        name,
+        AtFlags::AT_SYMLINK_NOFOLLOW,
+    )?))
+}
+
 fn failed(doing: &str, errno: Errno) -> State {
     State::Failed {
         reason: format!("{doing} failed: {}", errno.desc()),
@@ -128,26 +139,26 @@ fn failed(doing: &str, errno: Errno) -> State {
 }
 
 /// The folder and the name in it.
-fn open_folder(path: &Path) -> Result<(OwnedFd, &OsStr), State> {
-    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
-        return Err(State::Failed {
-            reason: format!("{} is not the path of a file", path.display()),
-        });
-    };
+fn open_folder(path: &Path) -> Result<(OwnedFd, &OsStr), Errno> {
+    let (parent, name) = path.parent().zip(path.file_name()).ok_or(Errno::EINVAL)?;
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    match open(parent, flags, Mode::empty()) {
-        Ok(folder) => Ok((folder, name)),
-        Err(Errno::ENOENT) => Err(State::Waiting {
-            reason: format!("the folder {} does not exist yet", parent.display()),
-        }),
+    Ok((open(parent, flags, Mode::empty())?, name))
+}
+
+/// What it means for us that the folder cannot be opened.
+fn without_folder(path: &Path, errno: Errno) -> State {
+    let parent = path.parent().unwrap_or(path).display();
+    match errno {
+        Errno::ENOENT => State::Waiting {
+            reason: format!("the folder {parent} does not exist yet"),
+        },
         // The folder of a link can be changed by changing the link, whoever owns the folder.
-        Err(Errno::ENOTDIR | Errno::ELOOP) => Err(State::Failed {
+        Errno::ENOTDIR | Errno::ELOOP => State::Failed {
             reason: format!(
-                "{} is not a folder, or is a symbolic link to one; give the path without the link",
-                parent.display()
+                "{parent} is not a folder, or is a symbolic link to one; give the path without the link"
             ),
-        }),
-        Err(errno) => Err(failed(&format!("opening {}", parent.display()), errno)),
+        },
+        _ => failed(&format!("opening {parent}"), errno),
     }
 }
 
@@ -335,4 +346,61 @@ fn age(stat: &FileStat) -> Duration {
     SystemTime::now()
         .duration_since(changed)
         .unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::{PermissionsExt, chown, symlink};
+
+    use super::*;
+
+    /// What comes of entering a folder that `swap` has put in the place of ours.
+    fn entered(swap: impl FnOnce(&Path)) -> Result<(), State> {
+        let parent = tempfile::tempdir().unwrap();
+        let descriptor = OwnedFd::from(fs::File::open(parent.path()).unwrap());
+        swap(&parent.path().join("private"));
+        PrivateFolder::enter(&descriptor, "private".into()).map(drop)
+    }
+
+    fn make(path: &Path, mode: u32) {
+        fs::create_dir(path).unwrap();
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    }
+
+    #[test]
+    fn a_folder_counts_as_private_if_only_we_can_have_made_and_can_enter_it() {
+        assert_eq!(entered(|path| make(path, 0o700)), Ok(()));
+        assert_eq!(
+            entered(|path| make(path, 0o2700)),
+            Ok(()),
+            "inherited from its parent"
+        );
+        let replaced = Err(State::Failed {
+            reason: "somebody replaced the folder made for the socket".into(),
+        });
+        assert_eq!(entered(|path| make(path, 0o711)), replaced);
+        assert_eq!(entered(|path| make(path, 0o770)), replaced);
+        let anothers = |path: &Path| {
+            make(path, 0o700);
+            chown(path, Some(65534), Some(65534)).unwrap();
+        };
+        assert_eq!(entered(anothers), replaced);
+        let prepared = |path: &Path| {
+            make(path, 0o700);
+            fs::write(path.join(SOCKET), "").unwrap();
+        };
+        assert_eq!(entered(prepared), replaced);
+    }
+
+    #[test]
+    fn a_link_to_a_private_folder_is_not_one() {
+        let linked = |path: &Path| {
+            make(&path.with_extension("real"), 0o700);
+            symlink("private.real", path).unwrap();
+        };
+        assert!(entered(linked).is_err());
+        assert!(entered(|path| fs::write(path, "").unwrap()).is_err());
+        assert!(entered(|_| {}).is_err());
+    }
 }

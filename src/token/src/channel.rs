@@ -56,6 +56,11 @@ impl Channel {
         Ok(Self(fd))
     }
 
+    /// The lowest number that a descriptor above this one can have.
+    pub(crate) fn first_above(&self) -> u32 {
+        self.0.as_raw_fd().unsigned_abs() + 1
+    }
+
     /// Waits for the next packet.
     pub(crate) fn receive<'a>(&self, packet: &'a mut Packet) -> io::Result<Received<'a>> {
         packet.wipe();

@@ -7,6 +7,7 @@
 //! | module | holds |
 //! |---|---|
 //! | [`args`] | the command line |
+//! | [`isolate`] | namespaces, root folder, privileges: before any vendor code |
 //! | [`channel`] | the socket to the daemon |
 //! | [`serve`] | threads: who receives, who answers, who notices the end |
 //! | [`session`] | one session thread's work and the recovery ladder |
@@ -19,6 +20,7 @@ mod args;
 mod channel;
 mod describe;
 mod failure;
+mod isolate;
 mod key;
 mod latch;
 mod module;
@@ -28,13 +30,15 @@ mod session;
 mod token;
 mod wrap;
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use args::{Command, USAGE};
 use channel::Channel;
+use hsm_wire::fault::Fault;
 
 fn main() -> ExitCode {
-    let (socket, _isolation) = match args::parse(std::env::args_os().skip(1)) {
+    let (socket, isolation) = match args::parse(std::env::args_os().skip(1)) {
         Ok(Command::Help) => {
             print!("{USAGE}");
             return ExitCode::SUCCESS;
@@ -64,6 +68,27 @@ fn main() -> ExitCode {
         eprintln!("hsm-token: {panic}");
         std::process::abort();
     }));
+    if let Err(fault) = isolate::prepare(&channel) {
+        return refuse_open(&channel, fault);
+    }
+    let Some(isolation) = isolation else {
+        let (id, open) = serve::receive_open(&channel);
+        serve::serve(channel, id, open)
+    };
+    let (channel, tether) = match isolate::split(channel, &isolation) {
+        Ok(inner) => inner,
+        Err((channel, fault)) => return refuse_open(&channel, fault),
+    };
     let (id, open) = serve::receive_open(&channel);
-    serve::serve(channel, id, open)
+    match isolate::confine(&isolation, Path::new(&open.module), tether) {
+        Ok(()) => serve::serve(channel, id, open),
+        Err(fault) => serve::refuse(&channel, id, fault),
+    }
+}
+
+/// The daemon is told why with the first answer it waits for.
+fn refuse_open(channel: &Channel, fault: Fault) -> ExitCode {
+    let (id, open) = serve::receive_open(channel);
+    drop(open);
+    serve::refuse(channel, id, fault)
 }

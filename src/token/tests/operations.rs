@@ -11,7 +11,7 @@ use hsm_wire::host::{Answer, KeyRef, Open, Request};
 use support::{Host, KEY_LABEL, PATIENCE, SoftHsm, Start, note, open, seal, unseal};
 
 fn host(token: &SoftHsm) -> Host {
-    Host::open(&Start::plain(token.env()), open())
+    Host::open(&Start::for_token(token), open())
 }
 
 #[test]

@@ -156,7 +156,9 @@ func (c *countingClient) decryptTimes(t *testing.T, count int, timeout time.Dura
 		return nil
 	})
 	// They share one connection, and this comes behind them on it: when it is answered, they have been read.
-	if _, err := c.Status(t.Context(), &kmsapi.StatusRequest{}); err != nil {
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	if _, err := c.Status(ctx, &kmsapi.StatusRequest{}); err != nil {
 		t.Fatalf("Status behind the Decrypts: %v", err)
 	}
 	return answers

@@ -30,6 +30,15 @@ pub struct Counts {
     pub decrypt: u64,
 }
 
+/// How a call was answered.
+#[derive(Debug)]
+pub struct Answer {
+    /// gRPC status code, 0 for OK.
+    pub code: u32,
+    /// Its message, percent-encoded as on the wire.
+    pub message: String,
+}
+
 /// The configuration for one SoftHSM token and its KEK.
 pub fn configuration(bench: &Workbench, token: &SoftHsm) -> Result<PathBuf> {
     let text = format!(
@@ -51,14 +60,12 @@ kms:
       epoch: 1
       state: active
       backup: acknowledged
-  peers: {{pod_logs: {pod_logs}}}
 state_dirs: [{state}]
 ",
         pin = token.pin_file.display(),
         conf = token.conf.display(),
         folder = token.folder().display(),
         socket = socket(bench).display(),
-        pod_logs = bench.pod_logs().display(),
         state = bench.path().join("state").display(),
     );
     bench.write("hsmd.yaml", &text, 0)
@@ -71,20 +78,28 @@ fn socket(bench: &Workbench) -> PathBuf {
 impl Daemon {
     /// Starts hsmd with the workbench's `hsmd.yaml`. It answers at once; see [`Self::wait_ready`].
     pub fn start(bench: &Workbench) -> Result<Self> {
+        Self::start_by(bench, part("HSMD")?, Vec::new())
+    }
+
+    /// As [`Self::start`], as the first process of a PID namespace, as in an extension's container.
+    pub fn start_as_pid_1(bench: &Workbench) -> Result<Self> {
+        let hsmd = part("HSMD")?.display().to_string();
+        let arguments = ["--pid", "--fork", "--kill-child", "--mount-proc", &hsmd];
+        Self::start_by(bench, "unshare".into(), arguments.map(str::to_owned).to_vec())
+    }
+
+    fn start_by(bench: &Workbench, program: PathBuf, mut arguments: Vec<String>) -> Result<Self> {
         // Only kube-apiserver may look for the socket, as in /var/log/audit/kube on a node.
         bench.folder("run", crate::KUBE_APISERVER_UID)?;
         let health = bench.path().join("health.sock");
         let socket = socket(bench);
-        let process = bench.start(
-            "hsmd",
-            &part("HSMD")?,
-            &[
-                "run".to_owned(),
-                format!("--config={}", bench.path().join("hsmd.yaml").display()),
-                format!("--listen=unix://{}", socket.display()),
-                format!("--health-listen=unix://{}", health.display()),
-            ],
-        )?;
+        arguments.extend([
+            "run".to_owned(),
+            format!("--config={}", bench.path().join("hsmd.yaml").display()),
+            format!("--listen=unix://{}", socket.display()),
+            format!("--health-listen=unix://{}", health.display()),
+        ]);
+        let process = bench.start("hsmd", &program, &arguments)?;
         Ok(Self { process, health, socket })
     }
 
@@ -137,6 +152,48 @@ impl Daemon {
         let status = self.status()?;
         let pid = status["tokens"][0]["host_pid"].as_i64().context("the token has no host")?;
         Ok(i32::try_from(pid)?)
+    }
+
+    /// Its pid.
+    pub fn pid(&self) -> i32 {
+        self.process.pid()
+    }
+
+    /// Calls a method as kube-apiserver, with an encoded request: what a gRPC client does, shown by
+    /// curl. Deadline: 10 s.
+    pub fn call(&self, bench: &Workbench, method: &str, request: &[u8]) -> Result<Answer> {
+        // gRPC over HTTP/2: one byte "not compressed", four of length, the message.
+        let mut message = vec![0];
+        message.extend(u32::try_from(request.len())?.to_be_bytes());
+        message.extend(request);
+        let name = format!("call-{}", crate::workbench::random_hex(4)?);
+        let body = bench.path().join(format!("{name}.request"));
+        std::fs::write(&body, message)?;
+        std::os::unix::fs::chown(&body, Some(crate::KUBE_APISERVER_UID), None)?;
+        let arguments = [
+            "-sS", "--max-time", "10", "--http2-prior-knowledge", "-D", "-", "-o", "/dev/null",
+            "--unix-socket", &self.socket.to_string_lossy(),
+            "-H", "content-type: application/grpc", "-H", "te: trailers", "-H", "grpc-timeout: 10S",
+            "--data-binary", &format!("@{}", body.display()),
+            &format!("http://localhost/v2.KeyManagementService/{method}"),
+        ]
+        .map(str::to_owned);
+        let mut curl = bench.start_in_pod(&name, "curl".as_ref(), &arguments)?;
+        wait_for("curl ends", Duration::from_secs(15), || match curl.still_runs() {
+            Ok(()) => bail!("it runs"),
+            Err(_) => Ok(()),
+        })?;
+        let headers = curl.log();
+        let value = |name: &str| {
+            let line = headers.lines().find_map(|line| line.strip_prefix(name));
+            line.map(|value| value.trim().to_owned())
+        };
+        Ok(Answer {
+            code: value("grpc-status:")
+                .with_context(|| format!("no gRPC answer: {headers}"))?
+                .parse()?,
+            message: value("grpc-message:").unwrap_or_default(),
+        })
     }
 
     /// The process.

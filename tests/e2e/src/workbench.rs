@@ -25,6 +25,7 @@ pub struct Workbench {
 struct Pod {
     cgroup: PathBuf,
     top: PathBuf,
+    log: PathBuf,
 }
 
 /// A started program. Killed when dropped.
@@ -50,9 +51,12 @@ impl Workbench {
             .context("cannot make a temporary folder")?;
         // Three users work in it: ours, hsm-token's and kube-apiserver's.
         fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755))?;
-        let pod = Pod::make(&pod_logs_in(folder.path()))?;
+        let pod = Pod::make()?;
         TO_KILL.lock().expect("no panic holds it").push(pod.cgroup.clone());
-        TO_REMOVE.lock().expect("no panic holds it").push(folder.path().to_owned());
+        TO_REMOVE
+            .lock()
+            .expect("no panic holds it")
+            .extend([folder.path().to_owned(), pod.log.clone()]);
         Ok(Self { folder, pod })
     }
 
@@ -84,11 +88,6 @@ impl Workbench {
     /// The folder.
     pub fn path(&self) -> &Path {
         self.folder.path()
-    }
-
-    /// Where the log folders of pods lie, for `kms.peers.pod_logs`.
-    pub fn pod_logs(&self) -> PathBuf {
-        pod_logs_in(self.path())
     }
 
     /// Writes a file for `owner`, mode 0600.
@@ -205,22 +204,25 @@ impl Drop for Process {
 }
 
 impl Pod {
-    fn make(pod_logs: &Path) -> Result<Self> {
+    fn make() -> Result<Self> {
         // A static pod's UID is an MD5 in hex: 32 digits, no dashes.
         let uid = random_hex(16)?;
         let top = cgroup2_root()?.join("kubepods/burstable").join(format!("pod{uid}"));
         let cgroup = top.join("kube-apiserver");
         fs::create_dir_all(&cgroup)
             .with_context(|| format!("cannot make the cgroup {}", cgroup.display()))?;
-        let log = pod_logs.join(format!("kube-system_kube-apiserver-node_{uid}"));
+        let log = PathBuf::from(format!("/var/log/pods/kube-system_kube-apiserver-node_{uid}"));
         fs::create_dir_all(&log)?;
-        Ok(Self { cgroup, top })
+        Ok(Self { cgroup, top, log })
     }
 }
 
 impl Drop for Pod {
     fn drop(&mut self) {
         empty(&self.cgroup);
+        // rmdir: of the pods' folder only if it is empty, and so ours.
+        let _ = fs::remove_dir(&self.log);
+        let _ = self.log.parent().map(fs::remove_dir);
         // kubepods and burstable may be another run's too; rmdir leaves what is not empty.
         let parents = [Some(&*self.cgroup), Some(&*self.top), self.top.parent()];
         for cgroup in parents.into_iter().flatten().chain(self.top.parent().and_then(Path::parent)) {
@@ -248,10 +250,6 @@ fn cgroup2_root() -> Result<PathBuf> {
         .find(|fields| fields.get(2) == Some(&"cgroup2"))
         .map(|fields| PathBuf::from(fields[1]))
         .context("no cgroup2 file system is mounted")
-}
-
-fn pod_logs_in(folder: &Path) -> PathBuf {
-    folder.join("pods")
 }
 
 /// `n` random bytes in hex.

@@ -46,6 +46,20 @@ impl Operation {
     fn is_wanted(&self, now: Instant) -> bool {
         self.deadline > now && !self.reply.is_closed()
     }
+
+    // Not one call of the module but some for each key.
+    fn is_long(&self) -> bool {
+        matches!(self.request, Request::Describe)
+    }
+}
+
+/// How long the host may take to open or describe a token. It is more than one call: vendors'
+/// libraries connect to every member of a group first, and each key is tried.
+pub(crate) fn long_timeout(call_timeout: Duration) -> Duration {
+    const CALLS: u32 = 5;
+    const LEAST: Duration = Duration::from_secs(10);
+    const MOST: Duration = Duration::from_secs(60);
+    (call_timeout * CALLS).clamp(LEAST, MOST)
 }
 
 struct Flight {
@@ -104,14 +118,10 @@ impl Dispatch {
         let stuck = self.flights.iter().filter(|f| f.stuck).count();
         let threads = self.sessions.saturating_sub(stuck).max(1);
         let ahead = waiting + self.flights.len() - stuck;
-        let expected = match self.service {
-            Some(service) if ahead >= threads => {
-                let rounds = u32::try_from(ahead / threads + 1).unwrap_or(u32::MAX);
-                service.saturating_mul(rounds)
-            }
-            _ => Duration::ZERO,
-        };
-        if waiting >= MAX_WAITING || now + expected > operation.deadline {
+        let rounds = u32::try_from(ahead / threads + 1).unwrap_or(u32::MAX);
+        let expected = self.service.unwrap_or_default().saturating_mul(rounds);
+        let late = ahead >= threads && now + expected > operation.deadline;
+        if late || waiting >= MAX_WAITING {
             return Err(Overload {
                 waiting: ahead,
                 expected,
@@ -149,7 +159,9 @@ impl Dispatch {
     pub(crate) fn answer(&mut self, id: u64, now: Instant) -> Option<Operation> {
         let at = self.flights.iter().position(|f| f.operation.id == id)?;
         let flight = self.flights.remove(at);
-        if let Some(started) = flight.started {
+        if let Some(started) = flight.started
+            && !flight.operation.is_long()
+        {
             self.measure(now - started);
         }
         self.last_answer = Some(now);
@@ -183,15 +195,20 @@ impl Dispatch {
             let Some(started) = flight.started else {
                 continue;
             };
+            let limit = if flight.operation.is_long() {
+                long_timeout(self.call_timeout)
+            } else {
+                self.call_timeout
+            };
             let age = now - started;
-            if age < self.call_timeout {
+            if age < limit {
                 continue;
             }
             found.new += u64::from(!flight.stuck);
             flight.stuck = true;
             stuck += 1;
             let silent = self.last_answer.is_none_or(|at| at <= started);
-            if silent && age >= 2 * self.call_timeout {
+            if silent && age >= 2 * limit {
                 found.hopeless = Some(format!(
                     "the module host answered nothing for {} ms",
                     age.as_millis()
@@ -251,6 +268,10 @@ impl Dispatch {
 
 #[cfg(test)]
 mod tests {
+    use hsm_wire::envelope::Wrap;
+    use hsm_wire::host::KeyRef;
+    use hsm_wire::identity::Fingerprint;
+
     use super::*;
 
     const CALL: Duration = Duration::from_secs(2);
@@ -261,6 +282,19 @@ mod tests {
         now: Instant,
         last_id: u64,
         callers: Vec<oneshot::Receiver<Reply>>,
+    }
+
+    fn probe() -> Request {
+        let fingerprint = Fingerprint([0; 32]);
+        let key = KeyRef {
+            id: Vec::new(),
+            label: String::new(),
+            fingerprint,
+        };
+        Request::Probe {
+            key,
+            wrap: Wrap::AES_GCM,
+        }
     }
 
     impl Bench {
@@ -278,7 +312,7 @@ mod tests {
             self.last_id += 1;
             let operation = Operation {
                 id: self.last_id,
-                request: Request::Describe,
+                request: probe(),
                 deadline: self.now + within,
                 resent: false,
                 reply,

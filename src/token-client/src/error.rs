@@ -18,7 +18,8 @@ pub enum TokenError {
     },
     /// The operation could not have finished in time and was refused at once.
     #[error(
-        "token {token} has {waiting} operations waiting and would answer in about {} ms, after the deadline",
+        "token {token} has {waiting} operations to do first, too many to do this one by its \
+         deadline (it would take about {} ms)",
         expected.as_millis()
     )]
     Overloaded {

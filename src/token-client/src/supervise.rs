@@ -17,31 +17,27 @@ use hsm_wire::host::{Answer, Description, LatchNote, MAX_NAME_LEN, Open, Request
 use hsm_wire::secret::Secret;
 use tokio::sync::watch;
 use tokio::task::spawn_blocking;
-use tokio::time::{Instant, interval, sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use zeroize::Zeroize;
 
 use crate::channel::{Buffer, Channel};
 use crate::config::Config;
+use crate::dispatch::long_timeout;
 use crate::host::{Host, Hosts};
 use crate::ladder::Ladder;
 use crate::latch::{Latch, Note};
 use crate::shared::{Lost, Shared, clean};
 use crate::token::State;
 
-/// Loading a module, logging in and trying the keys takes longer than one call: vendors' libraries
-/// connect to every member of a group first.
-const OPEN_CALLS: u32 = 5;
-const SHORTEST_OPEN: Duration = Duration::from_secs(10);
-const LONGEST_OPEN: Duration = Duration::from_secs(60);
-
-/// A start takes milliseconds, unless an earlier host has not ended. A killed process ends at once unless the kernel holds it; a closed channel means that the process
-/// is about to end and to say how.
+/// A start takes milliseconds, unless an earlier host has not ended.
 const START_WAIT: Duration = Duration::from_secs(5);
+/// A killed process ends at once unless the kernel holds it.
 const END_WAIT: Duration = Duration::from_secs(2);
+/// A closed channel means that the process is about to end and to say how.
 const STATUS_WAIT: Duration = Duration::from_millis(500);
 /// A host whose channel was closed may log out and finalise: sessions that are left open count
-/// against the limit of a network HSM. The daemon has 5 s to end.
-const STOP_WAIT: Duration = Duration::from_secs(2);
+/// against the limit of a network HSM. The host gives the module 1 s, and the daemon has 5 s to end.
+const STOP_WAIT: Duration = Duration::from_millis(1500);
 
 /// Runs until the token is stopped; true when everything has ended.
 pub(crate) async fn supervise(
@@ -177,7 +173,7 @@ impl Supervisor {
             pin_generation: self.config.pin_generation,
             latched,
         });
-        let limit = (self.config.call_timeout * OPEN_CALLS).clamp(SHORTEST_OPEN, LONGEST_OPEN);
+        let limit = long_timeout(self.config.call_timeout);
         let answers = timeout(limit, self.ask_both(&channel, open));
         let lost = match answers.await {
             Ok(Ok(description)) => return Ok((channel, description)),
@@ -410,8 +406,7 @@ impl Supervisor {
 
     async fn stay_latched(&self, reason: &str, stop: &mut watch::Receiver<bool>) {
         let reason = format!(
-            "{reason}; no login is tried until the configuration names a corrected PIN with \
-             pin.generation above {}",
+            "{reason}; no login is tried until pin.generation is above {}",
             self.config.pin_generation
         );
         let state = |_| State::Latched {
@@ -460,9 +455,15 @@ async fn read_answers(shared: Arc<Shared>, channel: Arc<Channel>) -> Lost {
 
 /// Looks eight times per call timeout, so that one is found at most an eighth late.
 async fn look_for_stuck(shared: &Shared, call_timeout: Duration) -> Lost {
-    let mut tick = interval((call_timeout / 8).max(Duration::from_millis(10)));
+    let period = (call_timeout / 8).max(Duration::from_millis(10));
     loop {
-        tick.tick().await;
+        let slept = Instant::now();
+        sleep(period).await;
+        // A daemon that was not running itself (a stopped process, a paused machine) has answers to
+        // read first: time that it did not see is no time that the module took.
+        if slept.elapsed() >= 3 * period {
+            continue;
+        }
         if let Err(lost) = shared.look_for_stuck() {
             return lost;
         }

@@ -4,16 +4,19 @@
 mod support;
 
 use std::fs;
+use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant as Clock};
 
-use hsm_token_client::{Config, Loader, Stats, Token, TokenError, owns};
-use nix::sys::signal::Signal;
+use hsm_token_client::{Config, Isolation, Loader, Stats, Token, TokenError, owns};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use support::{
-    Bench, CountedPin, PIN, SECOND, SoftHsm, describe, is_down, is_latched, is_up, reason, wait_for,
+    Bench, CountedPin, PIN, SECOND, SoftHsm, describe, give_away, is_down, is_latched, is_up,
+    reason, wait_for,
 };
 use tokio::time::sleep;
 
@@ -184,6 +187,66 @@ async fn a_host_that_speaks_nonsense_is_killed() {
 }
 
 #[tokio::test]
+async fn a_host_that_does_not_open_its_token_is_given_up() {
+    let hsm = SoftHsm::new();
+    let token = Token::start(script(&hsm, "sleep 1000"));
+    let (state, took) = wait_for(&token, is_down).await;
+    assert_eq!(
+        reason(&state),
+        "the module did not open the token within 10 s"
+    );
+    assert!(took < 12 * SECOND, "{took:?}");
+}
+
+/// What is logged while a host writes, at this level.
+async fn log_of_a_talking_host(level: tracing::Level) -> String {
+    let log = Log::default();
+    let subscriber = tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_ansi(false)
+        .with_writer({
+            let log = log.clone();
+            move || log.clone()
+        })
+        .finish();
+    let _logging = tracing::subscriber::set_default(subscriber);
+    let hsm = SoftHsm::new();
+    let talk = "echo 'the PIN is 648219'; printf 'and\\033[2J more' >&2; exit 1";
+    let token = Token::start(script(&hsm, talk));
+    wait_for(&token, is_down).await;
+    sleep(SECOND / 10).await;
+    let bytes = log.0.lock().expect("log").clone();
+    String::from_utf8(bytes).expect("text")
+}
+
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().expect("log").write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn what_a_module_writes_is_shown_at_debug_and_only_counted_at_info() {
+    let info = log_of_a_talking_host(tracing::Level::INFO).await;
+    assert!(!info.contains("648219") && !info.contains("more"), "{info}");
+    assert!(
+        info.contains("The module wrote output") && info.contains("lines=2"),
+        "{info}"
+    );
+    assert_eq!(info.matches("The token is down.").count(), 1, "{info}");
+    let debug = log_of_a_talking_host(tracing::Level::DEBUG).await;
+    assert!(debug.contains("module says: the PIN is 648219"), "{debug}");
+    assert!(debug.contains("module says: and [2J more"), "{debug}");
+}
+
+#[tokio::test]
 async fn what_a_host_has_started_ends_with_it() {
     let hsm = SoftHsm::new();
     let pid_file = hsm.folder.path().join("pid");
@@ -261,6 +324,53 @@ async fn a_host_is_started_through_the_loader_that_is_named() {
     let line = String::from_utf8_lossy(&line).replace('\0', " ");
     assert!(line.contains("--library-path /nowhere:/usr/lib "), "{line}");
     assert!(!line.contains(PIN));
+}
+
+#[tokio::test]
+async fn an_isolated_host_serves_and_is_replaced_with_all_it_has_started() {
+    assert!(
+        nix::unistd::geteuid().is_root(),
+        "this test needs root: the host makes namespaces and changes its user"
+    );
+    let hsm = SoftHsm::new();
+    let mut config = hsm.config();
+    give_away(&hsm.tokens(), 64500);
+    fs::set_permissions(hsm.folder.path(), fs::Permissions::from_mode(0o755)).expect("mode");
+    config.launch.isolation = Some(Isolation {
+        uid: 64500,
+        gid: 64500,
+        read_only: vec![hsm.conf()],
+        read_write: vec![hsm.tokens()],
+    });
+    let bench = Bench::new(config).await;
+    let inner = children(bench.host());
+    assert_eq!(
+        inner.len(),
+        1,
+        "the process that starts and the one that holds the module"
+    );
+    for whom in [
+        |bench: &Bench| bench.host(),
+        |bench: &Bench| children(bench.host())[0],
+    ] {
+        kill(whom(&bench), Signal::SIGKILL).expect("kill");
+        let started = Clock::now();
+        bench.unseal(2 * SECOND).await.expect("unseal");
+        assert!(started.elapsed() < 2 * SECOND, "{:?}", started.elapsed());
+    }
+    assert_eq!(bench.token.stats().crashed, 2);
+    let (outer, inner) = (bench.host(), children(bench.host()));
+    bench.token.stop().await;
+    for process in [outer, inner[0]] {
+        assert!(!PathBuf::from(format!("/proc/{process}")).exists());
+    }
+}
+
+fn children(pid: Pid) -> Vec<Pid> {
+    let path = format!("/proc/{pid}/task/{pid}/children");
+    let text = fs::read_to_string(path).expect("children");
+    let pids = text.split_whitespace().map(|pid| pid.parse().expect("pid"));
+    pids.map(Pid::from_raw).collect()
 }
 
 #[tokio::test]

@@ -494,7 +494,7 @@ async fn a_refused_pin_is_tried_once_whatever_is_restarted_until_its_generation_
         let token = Token::start_fake_as(config(folder.path(), 2), &fake);
         let state = wait_for(&token, SECOND, is_latched).await;
         assert!(
-            reason(&state).contains("pin.generation above 2"),
+            reason(&state).contains("until pin.generation is above 2"),
             "{state:?}"
         );
         sleep(HOUR).await;

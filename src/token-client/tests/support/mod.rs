@@ -3,7 +3,7 @@
 #![allow(dead_code, reason = "each test program uses its own part of this")]
 
 use std::ffi::OsStr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -264,5 +264,15 @@ pub(crate) async fn describe(token: &Token) -> Arc<Description> {
     match wait_for(token, is_up).await.0 {
         State::Up { description, .. } => description,
         _ => unreachable!(),
+    }
+}
+
+/// Lets the host's own user have the token.
+pub(crate) fn give_away(path: &Path, id: u32) {
+    std::os::unix::fs::chown(path, Some(id), Some(id)).expect("chown");
+    if path.is_dir() {
+        for entry in std::fs::read_dir(path).expect("read folder") {
+            give_away(&entry.expect("entry").path(), id);
+        }
     }
 }

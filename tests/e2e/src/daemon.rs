@@ -33,10 +33,13 @@ pub struct Counts {
 /// How a call was answered.
 #[derive(Debug)]
 pub struct Answer {
-    /// gRPC status code, 0 for OK.
-    pub code: u32,
-    /// Its message, percent-encoded as on the wire.
+    /// gRPC status code, 0 for OK. None if curl did not wait for it: Debian 12's leaves a connection
+    /// that was sent GOAWAY as soon as it has the answer's body.
+    pub code: Option<u32>,
+    /// Its message, percent-encoded as on the wire, or all that curl said.
     pub message: String,
+    /// The framed answer; empty for an error.
+    pub body: Vec<u8>,
 }
 
 /// The configuration for one SoftHSM token and its KEK.
@@ -170,8 +173,9 @@ impl Daemon {
         let body = bench.path().join(format!("{name}.request"));
         std::fs::write(&body, message)?;
         std::os::unix::fs::chown(&body, Some(crate::KUBE_APISERVER_UID), None)?;
+        let answer = bench.write(&format!("{name}.answer"), "", crate::KUBE_APISERVER_UID)?;
         let arguments = [
-            "-sS", "--max-time", "10", "--http2-prior-knowledge", "-D", "-", "-o", "/dev/null",
+            "-sS", "--max-time", "10", "--http2-prior-knowledge", "-D", "-", "-o", &answer.to_string_lossy(),
             "--unix-socket", &self.socket.to_string_lossy(),
             "-H", "content-type: application/grpc", "-H", "te: trailers", "-H", "grpc-timeout: 10S",
             "--data-binary", &format!("@{}", body.display()),
@@ -189,10 +193,9 @@ impl Daemon {
             line.map(|value| value.trim().to_owned())
         };
         Ok(Answer {
-            code: value("grpc-status:")
-                .with_context(|| format!("no gRPC answer: {headers}"))?
-                .parse()?,
-            message: value("grpc-message:").unwrap_or_default(),
+            code: value("grpc-status:").map(|code| code.parse()).transpose()?,
+            message: value("grpc-message:").unwrap_or(headers),
+            body: std::fs::read(answer)?,
         })
     }
 

@@ -3,6 +3,8 @@
 //! missing fails the test by name.
 #![allow(dead_code, reason = "each test program uses its own part of this")]
 
+pub(crate) mod hostile;
+
 use std::fs;
 use std::io::Read;
 use std::os::fd::{AsRawFd, OwnedFd};

@@ -123,7 +123,7 @@ fn limits_come_before_the_parser() {
     let output = check(folder.path(), ".");
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(
-        stderr.contains("cannot be read\ncaused by: Is a directory"),
+        stderr.contains("the file cannot be read\ncaused by: Is a directory"),
         "{stderr}"
     );
 }

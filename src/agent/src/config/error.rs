@@ -48,15 +48,11 @@ impl Problem {
     }
 
     /// The causes as text: they end here, in front of a person, and stay comparable.
-    pub(super) fn because(self, cause: &dyn Error) -> Self {
+    pub(super) fn because(self, cause: &dyn fmt::Display) -> Self {
         Self {
             cause: Some(cause.to_string()),
             ..self
         }
-    }
-
-    pub(super) fn position(&self) -> Option<Position> {
-        self.at
     }
 }
 

@@ -57,15 +57,21 @@ pub(crate) struct Config {
 pub(crate) fn load(path: &Path) -> Result<Config, Errors> {
     let file = path.display().to_string();
     let mut bytes = Vec::new();
-    File::open(path)
+    let read = File::open(path)
         // One byte more than allowed tells a file of the right size from a longer one.
         .and_then(|opened| opened.take(MAX_BYTES as u64 + 1).read_to_end(&mut bytes))
-        .map_err(|error| Errors::one(&file, Problem::new("cannot be read").because(&error)))?;
-    parse(&decode(bytes, &file)?, &file)
+        .map_err(|error| error.to_string());
+    parse(&decode(read.map(|_| bytes), &file)?, &file)
 }
 
-/// The limits that come before any parser: size and encoding.
-pub(crate) fn decode(bytes: Vec<u8>, file: &str) -> Result<String, Errors> {
+/// The limits that come before any parser: a content at all, its size, its encoding.
+pub(crate) fn decode(read: Result<Vec<u8>, String>, file: &str) -> Result<String, Errors> {
+    let bytes = read.map_err(|cause| {
+        Errors::one(
+            file,
+            Problem::new("the file cannot be read").because(&cause),
+        )
+    })?;
     if bytes.len() > MAX_BYTES {
         let problem = Problem::new(format!("longer than {MAX_BYTES} bytes"))
             .hint("is this the right file? a configuration takes a few thousand bytes");

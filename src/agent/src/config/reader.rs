@@ -94,7 +94,7 @@ impl Log {
             }
             let mut problem = Problem::new(what).at(document::locate(text, &steps));
             if let Some(cause) = complaint.cause {
-                problem = problem.because(cause.as_ref());
+                problem = problem.because(&cause);
             }
             match complaint.hint {
                 Some(hint) => problem.hint(hint),

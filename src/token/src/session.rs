@@ -87,24 +87,37 @@ impl<'t> Worker<'t> {
             let (Some(lowest), Some(reached)) = (failure.rung(), next) else {
                 return Err(failure.into_fault(doing(request)));
             };
-            let rung = lowest.max(reached);
-            next = rung.above();
-            match rung {
-                Rung::Find => self.forget_key(request),
+            match lowest.max(reached) {
+                Rung::Find => {
+                    self.forget_key(request);
+                    next = Some(Rung::Session);
+                }
                 Rung::Session => {
                     self.login_lost = failure.is_login_lost();
-                    self.drop_session();
-                    recovery.retried = true;
+                    self.replace_session(recovery);
+                    next = Some(Rung::Reinitialize);
                 }
-                Rung::Reinitialize => match self.token.reinitialize(generation)? {
-                    Reinitialized::Now => recovery.reinit = true,
-                    Reinitialized::Meanwhile => {}
-                    Reinitialized::NotTried => {
-                        return Err(failure.into_fault(doing(request)));
+                Rung::Reinitialize => {
+                    next = None;
+                    match self.token.reinitialize(generation)? {
+                        Reinitialized::Now => recovery.reinit = true,
+                        Reinitialized::Meanwhile => {}
+                        // It may have been cured by the one a moment ago.
+                        Reinitialized::TooSoon if !recovery.retried => {
+                            self.replace_session(recovery);
+                        }
+                        Reinitialized::TooSoon | Reinitialized::Stuck => {
+                            return Err(failure.into_fault(doing(request)));
+                        }
                     }
-                },
+                }
             }
         }
+    }
+
+    fn replace_session(&mut self, recovery: &mut Recovery) {
+        self.drop_session();
+        recovery.retried = true;
     }
 
     fn attempt(
@@ -354,16 +367,6 @@ impl<'t> Worker<'t> {
         };
         if let Some(handle) = self.handles.remove(key) {
             self.token.forget_handle(key, handle);
-        }
-    }
-}
-
-impl Rung {
-    fn above(self) -> Option<Self> {
-        match self {
-            Self::Find => Some(Self::Session),
-            Self::Session => Some(Self::Reinitialize),
-            Self::Reinitialize => None,
         }
     }
 }

@@ -83,8 +83,10 @@ pub(crate) enum Reinitialized {
     Now,
     /// Another thread did it since the failure.
     Meanwhile,
-    /// Not tried: the last one is too young, or a thread is stuck in the module.
-    NotTried,
+    /// Not tried: the last one was less than a second ago.
+    TooSoon,
+    /// Not tried: a thread is stuck in the module.
+    Stuck,
 }
 
 impl Token {
@@ -211,13 +213,13 @@ impl Token {
             eprintln!(
                 "hsm-token: cannot re-initialise the module: another call is stuck inside it"
             );
-            return Ok(Reinitialized::NotTried);
+            return Ok(Reinitialized::Stuck);
         };
         if live.generation != generation {
             return Ok(Reinitialized::Meanwhile);
         }
         if live.initialized.elapsed() < REST {
-            return Ok(Reinitialized::NotTried);
+            return Ok(Reinitialized::TooSoon);
         }
         eprintln!("hsm-token: re-initialising the module");
         live.initialized = Instant::now();

@@ -244,6 +244,39 @@ fn a_daemon_in_a_pid_namespace_needs_the_procfs_of_the_host() {
 }
 
 #[test]
+fn a_daemon_in_a_pid_namespace_sees_its_peers_in_the_procfs_of_the_host_beside_its_own() {
+    let mut node = Node::new();
+    let host_proc = node.folder.path().join("host-proc");
+    fs::create_dir(&host_proc).unwrap();
+    node.rules.host_proc = host_proc.clone();
+    let script = r#"mount --rbind /proc "$0" && exec unshare -p -f --kill-child --mount-proc "$@""#;
+    let before = [
+        "unshare",
+        "-m",
+        "sh",
+        "-c",
+        script,
+        host_proc.to_str().unwrap(),
+    ];
+    for (cgroup, expected) in [
+        (
+            format!("kubepods/burstable/pod{API_SERVER}/ctr"),
+            format!("admitted {NOBODY} in {API_SERVER}"),
+        ),
+        (
+            format!("kubepods/burstable/pod{ORDINARY_POD}/ctr"),
+            "refused not_kube_apiserver".into(),
+        ),
+    ] {
+        for door in [node.abstract_door(), node.path_door()] {
+            let mut daemon = node.daemon(&before, &door, "");
+            let _client = node.client(NOBODY, &cgroup, &door);
+            assert_eq!(daemon.hear(), expected, "{door:?}");
+        }
+    }
+}
+
+#[test]
 fn a_daemon_in_a_cgroup_namespace_does_not_guess_where_a_cgroup_begins() {
     let node = Node::new();
     let api_server = format!("kubepods/burstable/pod{API_SERVER}/ctr");
@@ -437,6 +470,7 @@ impl Node {
                 "--nocapture",
             ])
             .env("HSMD_TEST_ROLE", role)
+            .env("HSMD_TEST_HOST_PROC", &self.rules.host_proc)
             .env("HSMD_TEST_POD_LOGS", &self.rules.pod_logs);
         command
     }
@@ -617,8 +651,10 @@ fn play_daemon() {
     } else {
         EndpointKind::Abstract
     };
+    let folder = |name: &str| PathBuf::from(std::env::var_os(name).unwrap());
     let rules = Rules {
-        pod_logs: std::env::var_os("HSMD_TEST_POD_LOGS").unwrap().into(),
+        host_proc: folder("HSMD_TEST_HOST_PROC"),
+        pod_logs: folder("HSMD_TEST_POD_LOGS"),
         ..Rules::default()
     };
     let connection = listener.accept().unwrap().0;

@@ -9,6 +9,11 @@
 //! |---|---|
 //! | [`config`] | what a token is made of |
 //! | [`token`] | the handle: operations, state, counters |
+//! | `shared`, `dispatch` | the queue, who is sent when, who hangs, who is refused; `dispatch` is pure |
+//! | `supervise`, `ladder` | starts and replaces hosts; `ladder` says how fast |
+//! | `login`, `latch` | the PIN for a host, and the notes on those that were refused |
+//! | `host`, `spawn`, `channel`, `output` | one host: its process, its socket, what it prints |
+//! | `fake` | a token in memory, for the tests of the crates above (feature `fake`) |
 //!
 //! Everything runs inside one tokio `current_thread` runtime, but for one thread per token that
 //! spawns the host and waits for it.
@@ -22,6 +27,7 @@ pub mod fake;
 mod host;
 mod ladder;
 mod latch;
+mod login;
 mod output;
 mod shared;
 mod spawn;

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
-use tokio::sync::oneshot::{self, error::TryRecvError};
+use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep};
 use zeroize::Zeroizing;
 
@@ -23,6 +23,8 @@ const LINES_PER_SECOND: u32 = 50;
 /// log, and cost the daemon's only thread less than one per cent.
 const READ_LEN: usize = 16 * 1024;
 const PAUSE: Duration = Duration::from_millis(5);
+/// Reads after the host is gone: as much as a pipe holds.
+const LAST_READS: usize = 64 * 1024 / READ_LEN;
 /// How often the number of lines is told while there are new ones.
 const REPORT_EVERY: Duration = Duration::from_secs(60);
 
@@ -35,38 +37,80 @@ pub(crate) async fn read(
     mut gone: oneshot::Receiver<()>,
 ) -> io::Result<()> {
     let mut pipe = pipe::Receiver::from_owned_fd(output)?;
-    let mut lines = Lines::default();
-    let mut reported = (Instant::now(), 0);
     let mut buffer = Zeroizing::new(vec![0; READ_LEN]);
+    let mut log = Log::new(token, host_pid);
     loop {
         let n = tokio::select! {
-            biased;
             n = pipe.read(&mut buffer) => n?,
-            _ = &mut gone => 0,
+            _ = &mut gone => break,
         };
-        for line in lines.take(&buffer[..n], Instant::now()) {
-            tracing::debug!(token, host_pid, "module says: {line}");
-        }
-        let (last, told) = reported;
-        let due = n == 0 || last.elapsed() >= REPORT_EVERY;
-        if due && lines.count > told {
-            tracing::info!(
-                token,
-                host_pid,
-                lines = lines.count - told,
-                "The module wrote output; it is shown at log level debug."
-            );
-            reported = (Instant::now(), lines.count);
-        }
         if n == 0 {
-            return Ok(());
+            break;
         }
+        log.write(&buffer[..n]);
         if n == READ_LEN {
             sleep(PAUSE).await;
-            if gone.try_recv() == Err(TryRecvError::Closed) {
-                return Ok(());
-            }
         }
+    }
+    // The runtime may not know yet of what the host wrote last, so that it is not asked.
+    for _ in 0..LAST_READS {
+        match nix::unistd::read(&pipe, &mut buffer) {
+            Ok(n) if n > 0 => log.write(&buffer[..n]),
+            _ => break,
+        }
+    }
+    log.end();
+    Ok(())
+}
+
+struct Log {
+    token: String,
+    host_pid: u32,
+    lines: Lines,
+    told: u64,
+    told_at: Instant,
+}
+
+impl Log {
+    fn new(token: String, host_pid: u32) -> Self {
+        let told_at = Instant::now();
+        Self {
+            token,
+            host_pid,
+            lines: Lines::default(),
+            told: 0,
+            told_at,
+        }
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        let (token, host_pid) = (&self.token, self.host_pid);
+        for line in self.lines.take(bytes, Instant::now()) {
+            tracing::debug!(token, host_pid, "module says: {line}");
+        }
+        if self.told_at.elapsed() >= REPORT_EVERY {
+            self.report();
+        }
+    }
+
+    fn end(&mut self) {
+        // No bytes are the end, which ends the line.
+        self.write(&[]);
+        self.report();
+    }
+
+    fn report(&mut self) {
+        let lines = self.lines.count - self.told;
+        if lines > 0 {
+            tracing::info!(
+                token = self.token,
+                host_pid = self.host_pid,
+                lines,
+                "The module wrote output; it is shown at log level debug."
+            );
+        }
+        self.told = self.lines.count;
+        self.told_at = Instant::now();
     }
 }
 

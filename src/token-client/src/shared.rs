@@ -154,7 +154,7 @@ impl Shared {
         let lost = self.settle(&mut core, response, now);
         match lost {
             Ok(()) => self.send_waiting(&mut core, now),
-            Err(_) => core.phase = Phase::Waiting,
+            Err(_) => core.stop_sending(),
         }
         lost
     }
@@ -297,13 +297,13 @@ impl Shared {
 
     /// Nothing more goes to the host; operations wait for the next one.
     pub(crate) fn stop_sending(&self) {
-        self.core().phase = Phase::Waiting;
+        self.core().stop_sending();
     }
 
     /// The host is lost. What it had waits for the next one; what was sent twice fails.
     pub(crate) fn host_lost(&self, reason: &str) {
         let mut core = self.core();
-        core.phase = Phase::Waiting;
+        core.stop_sending();
         for operation in core.dispatch.host_lost(Instant::now()) {
             let reason = format!("two module hosts were lost over this operation: {reason}");
             let _ = operation.reply.send(Err(self.down(&reason)));
@@ -343,6 +343,12 @@ impl Shared {
 }
 
 impl Core {
+    fn stop_sending(&mut self) {
+        if let Phase::Serving { .. } = self.phase {
+            self.phase = Phase::Waiting;
+        }
+    }
+
     /// Whether this fault means that the host is of no more use. A key that was there and is gone
     /// is a lost token, not an empty one: SoftHSM, its folder gone, goes on and finds nothing.
     fn is_lost(&self, request: &Request, kind: FaultKind) -> bool {

@@ -129,9 +129,14 @@ impl Drop for Process {
 
 fn end(pid: i32) {
     let pid = Pid::from_raw(pid);
-    // ESRCH is the only error a parent can get, and then there is nothing left to end.
+    // A host that has left its process group has none to kill.
     let _ = killpg(pid, Signal::SIGKILL);
-    let _ = kill(pid, Signal::SIGKILL);
+    if kill(pid, Signal::SIGKILL) == Err(Errno::EPERM) {
+        tracing::error!(
+            host_pid = pid.as_raw(),
+            "The module host runs as another user and cannot be killed: this takes CAP_KILL."
+        );
+    }
 }
 
 fn run(todo: &mpsc::Receiver<Job>) {
@@ -148,6 +153,8 @@ fn run(todo: &mpsc::Receiver<Job>) {
             Ok(child) => child,
             Err(e) => {
                 drop(known);
+                let program = command.get_program().display();
+                let e = io::Error::new(e.kind(), format!("{program}: {e}"));
                 // Nobody waits for a host any more: then nobody needs to know either.
                 let _ = started.send(Err(e));
                 continue;

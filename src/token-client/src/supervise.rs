@@ -4,19 +4,18 @@
 //! growing pauses → Up; a refused PIN → Latched, and nothing more.
 //!
 //! *Guarantees:* two hosts of one token never run side by side. Each host is a fresh process, so
-//! each try begins with `C_Initialize`, the only point at which a module looks at its slots anew. No
-//! PIN that was refused is handed to a host again. One log line for each change, none for each try.
+//! each try begins with `C_Initialize`, the only point at which a module looks at its slots anew. One
+//! log line for each change, none for each try.
 
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use hsm_wire::fault::{Fault, FaultKind};
-use hsm_wire::host::{Answer, Description, LatchNote, MAX_NAME_LEN, Open, Request, Response};
+use hsm_wire::fault::FaultKind;
+use hsm_wire::host::{Answer, Description, LatchNote, Open, Request, Response};
 use hsm_wire::secret::Secret;
 use tokio::sync::watch;
-use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep, timeout};
 use zeroize::Zeroize;
 
@@ -25,7 +24,7 @@ use crate::config::Config;
 use crate::dispatch::long_timeout;
 use crate::host::{Host, Hosts};
 use crate::ladder::Ladder;
-use crate::latch::{Latch, Note};
+use crate::login::Login;
 use crate::shared::{Lost, Shared, clean};
 use crate::token::State;
 
@@ -39,7 +38,7 @@ const STATUS_WAIT: Duration = Duration::from_millis(500);
 /// against the limit of a network HSM. The host gives the module 1 s, and the daemon has 5 s to end.
 const STOP_WAIT: Duration = Duration::from_millis(1500);
 
-/// Runs until the token is stopped; true when everything has ended.
+/// Runs until the token is stopped, and says when everything has ended.
 pub(crate) async fn supervise(
     shared: Arc<Shared>,
     config: Config,
@@ -47,13 +46,12 @@ pub(crate) async fn supervise(
     mut stop: watch::Receiver<bool>,
     done: watch::Sender<bool>,
 ) {
-    let latch = Latch::new(&config.state_dirs);
+    let login = Login::new(&config);
     let mut supervisor = Supervisor {
         shared,
         config,
         hosts,
-        latch,
-        serial: None,
+        login,
         served: false,
     };
     supervisor.run(&mut stop).await;
@@ -72,9 +70,7 @@ struct Supervisor {
     shared: Arc<Shared>,
     config: Config,
     hosts: Hosts,
-    latch: Latch,
-    /// Of the token that was opened last.
-    serial: Option<String>,
+    login: Login,
     served: bool,
 }
 
@@ -86,7 +82,7 @@ struct Opened {
 }
 
 /// Why a try to open the token failed.
-enum Failed {
+pub(crate) enum Failed {
     /// It is tried again.
     Down(String),
     /// It is not.
@@ -131,7 +127,7 @@ impl Supervisor {
 
     /// One try: a fresh host, the PIN, the token, its keys.
     async fn open(&mut self) -> Result<Opened, Failed> {
-        let (pin, latched) = self.read_pin().await?;
+        let (pin, latched) = self.login.prepare().await?;
         let started = timeout(START_WAIT, self.hosts.start()).await;
         let (mut host, fd) = started
             .unwrap_or_else(|_| {
@@ -194,7 +190,7 @@ impl Supervisor {
                 "another answer than that the token is open".into(),
             ));
         };
-        self.serial = Some(token.serial);
+        self.login.token_is(token.serial);
         let Answer::Described(description) = self.ask(channel, 1, Request::Describe).await? else {
             return Err(Lost::Nonsense(
                 "another answer than the token's description".into(),
@@ -257,6 +253,8 @@ impl Supervisor {
                 since,
             };
             self.shared.refuse(state, STOPPED);
+            // An answer that is still on its way is nobody's now.
+            drop(reader);
             channel.close();
             if timeout(STOP_WAIT, host.ended()).await.is_err() {
                 host.kill();
@@ -275,6 +273,7 @@ impl Supervisor {
                 "The module host is lost."
             );
         }
+        channel.close();
         host.kill();
         let _ = timeout(END_WAIT, host.ended()).await;
         Some(failed)
@@ -300,92 +299,10 @@ impl Supervisor {
                 Failed::Down(fault.to_string())
             }
             Lost::Latched(fault) => {
-                self.note(&fault).await;
+                self.login.note(&fault).await;
                 Failed::Latched(fault.to_string())
             }
         }
-    }
-
-    /// Notes that the PIN was refused, before anything else happens.
-    async fn note(&self, fault: &Fault) {
-        let (FaultKind::PinIncorrect
-        | FaultKind::PinCountLow
-        | FaultKind::PinLocked
-        | FaultKind::PinFinalTry) = fault.kind
-        else {
-            return;
-        };
-        let serial = Some(&fault.serial)
-            .filter(|s| !s.is_empty())
-            .or(self.serial.as_ref());
-        let note = Note {
-            token: serial.cloned().unwrap_or_else(|| self.uri_key()),
-            generation: self.config.pin_generation,
-            reason: fault.to_string(),
-            time: SystemTime::now(),
-        };
-        let latch = self.latch.clone();
-        let failed = spawn_blocking(move || latch.write(&note)).await;
-        let failed = failed.unwrap_or_default();
-        let all = failed.len() == self.latch.folders();
-        for (folder, error) in failed {
-            // One folder is enough until a reboot or a lost disk.
-            if all {
-                tracing::error!(
-                    token = self.shared.name,
-                    folder = %folder.display(),
-                    %error,
-                    "That the PIN was refused could not be noted: a restarted daemon would try it again."
-                );
-            } else {
-                tracing::warn!(
-                    token = self.shared.name,
-                    folder = %folder.display(),
-                    %error,
-                    "That the PIN was refused could not be noted here."
-                );
-            }
-        }
-    }
-
-    /// The PIN and what is known of refused ones; neither a PIN that cannot be read nor notes that
-    /// cannot be read lead to a login.
-    async fn read_pin(&self) -> Result<(Option<Secret>, Vec<LatchNote>), Failed> {
-        let Some(source) = self.config.pin.clone() else {
-            return Ok((None, Vec::new()));
-        };
-        let latch = self.latch.clone();
-        let tokens = [Some(self.uri_key()), self.serial.clone()];
-        let generation = self.config.pin_generation;
-        let read = move || {
-            let notes = latch.read().map_err(|e| Failed::Down(chain(&e)))?;
-            let refused = tokens.iter().flatten().filter_map(|token| notes.get(token));
-            if let Some(note) = refused.into_iter().find(|n| n.generation >= generation) {
-                return Err(Failed::Latched(format!(
-                    "a PIN of generation {} was refused before: {}",
-                    note.generation, note.reason
-                )));
-            }
-            let pin = source
-                .read()
-                .map_err(|e| Failed::Down(format!("the PIN cannot be read: {e}")))?;
-            // A longer one is a URI, which is compared here and not by the host.
-            let notes = notes
-                .into_values()
-                .filter(|n| n.token.len() <= MAX_NAME_LEN);
-            let notes = notes.map(|n| LatchNote {
-                serial: n.token,
-                generation: n.generation,
-            });
-            Ok((Some(pin), notes.collect()))
-        };
-        spawn_blocking(read)
-            .await
-            .unwrap_or_else(|e| Err(Failed::Down(format!("the PIN cannot be read: {e}"))))
-    }
-
-    fn uri_key(&self) -> String {
-        format!("uri:{}", self.config.uri)
     }
 
     fn down(&self, reason: &str) {
@@ -486,15 +403,4 @@ impl Drop for Aborting {
     fn drop(&mut self) {
         self.0.abort();
     }
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }

@@ -3,6 +3,8 @@
 #![allow(dead_code, reason = "each test program uses its own part of this")]
 
 use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -36,17 +38,19 @@ pub(crate) fn program() -> PathBuf {
             let test = std::env::current_exe().expect("path of this test");
             let folder = test.ancestors().nth(2).expect("target folder");
             let program = folder.join("hsm-token");
-            let mut build = Command::new(env!("CARGO"));
-            build.args(["build", "--quiet", "--package", "hsm-token"]);
-            if folder.file_name() == Some(OsStr::new("release")) {
-                build.arg("--release");
+            if !program.exists() {
+                let mut build = Command::new(env!("CARGO"));
+                build.args(["build", "--quiet", "--package", "hsm-token"]);
+                if folder.file_name() == Some(OsStr::new("release")) {
+                    build.arg("--release");
+                }
+                let built = build.status().is_ok_and(|status| status.success());
+                assert!(
+                    built && program.exists(),
+                    "{} is missing: run `cargo build -p hsm-token`",
+                    program.display()
+                );
             }
-            let built = build.status().is_ok_and(|status| status.success());
-            assert!(
-                built && program.exists(),
-                "{} is missing: run `cargo build -p hsm-token`",
-                program.display()
-            );
             program
         })
         .clone()
@@ -68,12 +72,12 @@ impl SoftHsm {
         }
         let folder = TempDir::with_prefix("hsm-token-client-").expect("temporary folder");
         let this = Self { folder };
-        std::fs::create_dir(this.tokens()).expect("token folder");
+        fs::create_dir(this.tokens()).expect("token folder");
         let conf = format!(
             "directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\n",
             this.tokens().display()
         );
-        std::fs::write(this.conf(), conf).expect("softhsm2.conf");
+        fs::write(this.conf(), conf).expect("softhsm2.conf");
         let init = [
             "--init-token",
             "--free",
@@ -255,6 +259,31 @@ impl Bench {
         }
     }
 
+    /// The host, as soon as it is another one. One that is being killed may answer first.
+    pub(crate) async fn other_host(&self, before: Pid) -> Pid {
+        let before = before.as_raw().unsigned_abs();
+        let other =
+            |s: &State| matches!(s, State::Up { host_pid, .. } if *host_pid != Some(before));
+        wait_for(&self.token, other).await;
+        self.host()
+    }
+
+    /// Stops the host, and returns when each of its threads is stopped.
+    pub(crate) async fn stop_host(&self) {
+        self.signal(Signal::SIGSTOP);
+        let tasks = format!("/proc/{}/task", self.host());
+        let is_stopped = |task: fs::DirEntry| {
+            let stat = fs::read_to_string(task.path().join("stat")).expect("stat");
+            stat.contains(") T ")
+        };
+        while !fs::read_dir(&tasks)
+            .expect("tasks")
+            .all(|task| is_stopped(task.expect("task")))
+        {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
     pub(crate) fn signal(&self, signal: Signal) {
         kill(self.host(), signal).expect("the host is there");
     }
@@ -271,8 +300,18 @@ pub(crate) async fn describe(token: &Token) -> Arc<Description> {
 pub(crate) fn give_away(path: &Path, id: u32) {
     std::os::unix::fs::chown(path, Some(id), Some(id)).expect("chown");
     if path.is_dir() {
-        for entry in std::fs::read_dir(path).expect("read folder") {
+        for entry in fs::read_dir(path).expect("read folder") {
             give_away(&entry.expect("entry").path(), id);
         }
     }
+}
+
+/// A host program that is a script, in the place of hsm-token.
+pub(crate) fn script(hsm: &SoftHsm, text: &str) -> Config {
+    let path = hsm.folder.path().join("host.sh");
+    fs::write(&path, format!("#!/bin/sh\n{text}\n")).expect("script");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("mode");
+    let mut config = hsm.config();
+    config.launch.program = path;
+    config
 }

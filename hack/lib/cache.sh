@@ -63,7 +63,7 @@ _cache_has() {
 
 # A build says nothing for minutes; this says that it still runs. Reads an input on which nothing ever comes but its end.
 _cache_still_at_it() {
-    local what=$1 began=$SECONDS
+    local what=${1%% (*} began=$SECONDS
     until read -rt 30; [ $? -le 128 ]; do
         printf '    %s: %d min %02d s so far ...\n' "$what" $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60))
     done

@@ -76,6 +76,28 @@ func (d *daemon) configure(t *testing.T) {
 	ask(t, "Configure", ConfigText{Folder: d.folder, Text: d.config()}, &Nothing{})
 }
 
+// useKeys gives the daemon new kms.keys and waits until it has taken them.
+func (d *daemon) useKeys(t *testing.T, keys ...key) {
+	t.Helper()
+	d.settings.keys = keys
+	d.configure(t)
+	eventually(t, 20*time.Second, fmt.Sprintf("hsmd works with %v", keys), func() error {
+		report := d.report(t)
+		found := 0
+		for _, have := range report.Keys {
+			for _, want := range keys {
+				if have.Epoch != nil && (key{have.Label, *have.Epoch, have.State}) == want {
+					found++
+				}
+			}
+		}
+		if found != len(keys) {
+			return fmt.Errorf("it reports %+v, and what it did not take: %s", report.Keys, deref(report.Configuration.Rejected))
+		}
+		return nil
+	})
+}
+
 func (d *daemon) start(t *testing.T) {
 	t.Helper()
 	var pid int
@@ -189,6 +211,12 @@ type report struct {
 		State    string  `json:"state"`
 		Rejected *string `json:"rejected"`
 	} `json:"configuration"`
+	Keys []struct {
+		Label string  `json:"label"`
+		State string  `json:"state"`
+		Epoch *int    `json:"epoch"`
+		KeyID *string `json:"key_id"`
+	} `json:"keys"`
 	Tokens []struct {
 		State    string  `json:"state"`
 		Reason   *string `json:"reason"`
@@ -268,6 +296,13 @@ func ask(t *testing.T, method string, argument, answer any) {
 	if err := keeper.Call("Keeper."+method, argument, answer); err != nil {
 		t.Fatalf("%s: %v", method, err)
 	}
+}
+
+func deref(text *string) string {
+	if text == nil {
+		return "nothing"
+	}
+	return *text
 }
 
 func contains(text, part string) error {

@@ -27,7 +27,7 @@ const (
 	tokenUID = 64500
 	// userPIN opens every token here. No answer and no log line may ever show it.
 	userPIN = "4711-conformance"
-	// softHSM is the module, under the architecture's name where Debian puts it.
+	// softHSM is the module, where Debian puts it.
 	softHSM = "/usr/lib/softhsm/libsofthsm2.so"
 )
 
@@ -197,7 +197,8 @@ func (k *Keeper) Signal(spec SignalSpec, _ *Nothing) error {
 	return process.command.Process.Signal(spec.Signal)
 }
 
-// SignalHosts sends a signal to every module host of the daemon and answers to how many processes.
+// SignalHosts sends a signal to every module host of the daemon and answers to how many processes. After SIGSTOP it
+// returns when every thread stands still: until then each may still answer.
 func (k *Keeper) SignalHosts(spec SignalSpec, count *int) error {
 	process, err := k.process(spec.Folder)
 	if err != nil {
@@ -210,7 +211,24 @@ func (k *Keeper) SignalHosts(spec SignalSpec, count *int) error {
 		}
 	}
 	*count = len(hosts)
+	for began := time.Now(); spec.Signal == syscall.SIGSTOP && !standStill(hosts); time.Sleep(time.Millisecond) {
+		if time.Since(began) > 10*time.Second {
+			return fmt.Errorf("the module hosts %v still run 10 s after SIGSTOP", hosts)
+		}
+	}
 	return nil
+}
+
+func standStill(pids []int) bool {
+	for _, pid := range pids {
+		threads, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/[0-9]*/stat", pid))
+		for _, path := range threads {
+			if fields := statFields(path); len(fields) > 0 && fields[0] != "T" && fields[0] != "Z" {
+				return false
+			}
+		}
+	}
+	return true
 }
 
 // Stop ends the daemon if it runs and answers how: empty for exit status 0.
@@ -322,16 +340,10 @@ func descendants(pid int) []int {
 	children := map[int][]int{}
 	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
 	for _, path := range stats {
-		stat, err := os.ReadFile(path)
-		if err != nil {
-			continue // it ended meanwhile
-		}
+		fields := statFields(path)
 		child, err := strconv.Atoi(filepath.Base(filepath.Dir(path)))
-		// The second field is the program's name in parentheses and may hold anything.
-		_, rest, found := strings.Cut(string(stat[strings.LastIndexByte(string(stat), ')')+1:]), " ")
-		fields := strings.Fields(rest)
-		if err != nil || !found || len(fields) < 2 {
-			continue
+		if err != nil || len(fields) < 2 {
+			continue // it ended meanwhile
 		}
 		if parent, err := strconv.Atoi(fields[1]); err == nil {
 			children[parent] = append(children[parent], child)
@@ -343,4 +355,14 @@ func descendants(pid int) []int {
 		queue = append(queue, children[queue[0]]...)
 	}
 	return below
+}
+
+// statFields answers what follows the program's name in a stat file of /proc: state, parent and so on. The name itself
+// stands in parentheses and may hold anything.
+func statFields(path string) []string {
+	stat, err := os.ReadFile(path)
+	if err != nil {
+		return nil
+	}
+	return strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')')+1:]))
 }

@@ -50,18 +50,11 @@ func TestANewActiveKeyTakesOverWritesWhileOldSecretsStayReadable(t *testing.T) {
 	oldKeyID := server.envelopeOf(t, oldSecret).KeyID
 
 	// First every node learns the key, then one of them uses it.
-	d.settings.keys = []key{{firstKey, 1, "active"}, {secondKey, 2, "pending"}}
-	d.configure(t)
-	service := dial(t, d.pathEndpoint(), 3*time.Second)
-	d.settings.keys = []key{{firstKey, 1, "retired"}, {secondKey, 2, "active"}}
-	d.configure(t)
-	eventually(t, 20*time.Second, "Status names another key_id", func() error {
-		answer, err := service.Status(t.Context())
-		if err == nil && answer.KeyID == oldKeyID {
-			err = errors.New("it is still the old one")
-		}
-		return err
-	})
+	d.useKeys(t, key{firstKey, 1, "active"}, key{secondKey, 2, "pending"})
+	if answer, err := dial(t, d.pathEndpoint(), 3*time.Second).Status(t.Context()); err != nil || answer.KeyID != oldKeyID {
+		t.Errorf("a pending key changed Status to %+v, %v", answer, err)
+	}
+	d.useKeys(t, key{firstKey, 1, "retired"}, key{secondKey, 2, "active"})
 
 	// The API server keeps a good answer for 20 s, so this is when it asks again.
 	var newSecret []byte
@@ -86,29 +79,43 @@ func TestANewActiveKeyTakesOverWritesWhileOldSecretsStayReadable(t *testing.T) {
 	}
 }
 
-func TestGoingBackToTheOldKeyIsANewKeyID(t *testing.T) {
+func TestGoingBackToAnOldKeyIsANewKeyID(t *testing.T) {
 	t.Parallel()
 	d := serving(t)
 	service := dial(t, d.pathEndpoint(), 3*time.Second)
-	seen := map[string]int{}
-	for epoch, step := range [][]key{
+	seen := map[string]string{}
+	for _, step := range [][]key{
 		{{firstKey, 1, "active"}, {secondKey, 2, "pending"}},
 		{{firstKey, 1, "retired"}, {secondKey, 2, "active"}},
 		{{firstKey, 3, "active"}, {secondKey, 2, "retired"}},
 	} {
-		d.settings.keys = step
-		d.configure(t)
-		eventually(t, 20*time.Second, fmt.Sprintf("epoch %d has a key_id of its own", epoch+1), func() error {
-			answer, err := service.Status(t.Context())
-			if err != nil {
-				return err
-			}
-			if at, old := seen[answer.KeyID]; old && at != epoch {
-				return fmt.Errorf("key_id %s was that of epoch %d", answer.KeyID, at+1)
-			}
-			seen[answer.KeyID] = epoch
-			return nil
-		})
+		d.useKeys(t, step...)
+		answer, err := service.Status(t.Context())
+		if err != nil {
+			t.Fatalf("Status with %v: %v", step, err)
+		}
+		if before, used := seen[answer.KeyID]; used {
+			t.Errorf("%v has the key_id %s, which was that of %s", step, answer.KeyID, before)
+		}
+		seen[answer.KeyID] = fmt.Sprint(step)
+	}
+}
+
+func TestAKeyThatNoNodeKnowsYetIsNotActivated(t *testing.T) {
+	t.Parallel()
+	d := serving(t)
+	service := dial(t, d.pathEndpoint(), 3*time.Second)
+	before, err := service.Status(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.settings.keys = []key{{firstKey, 1, "retired"}, {secondKey, 2, "active"}}
+	d.configure(t)
+	eventually(t, 20*time.Second, "hsmd says that it does not take the configuration", func() error {
+		return contains(deref(d.report(t).Configuration.Rejected), secondKey)
+	})
+	if after, err := service.Status(t.Context()); err != nil || *after != *before {
+		t.Errorf("Status changed from %+v to %+v, %v", before, after, err)
 	}
 }
 

@@ -89,22 +89,25 @@ impl Errors {
         self.problems.len() + self.more
     }
 
-    /// All of it for a person: `error:`, `caused by:`, `hint:`, and the number at the end.
+    /// All of it for a person: `error:`, `caused by:`, `hint:`, and how many they are.
     pub(crate) fn report(&self) -> String {
-        let mut out = String::new();
-        for problem in &self.problems {
-            let what = format!("{}{}", self.place(problem), problem.what);
-            let cause = problem.cause.iter().map(String::as_str);
-            out += &report::entry(&what, cause, problem.hint.as_deref());
-            out.push('\n');
+        let mut entries: Vec<String> = self
+            .problems
+            .iter()
+            .map(|problem| {
+                let what = format!("{}{}", self.place(problem), problem.what);
+                let cause = problem.cause.iter().map(String::as_str);
+                report::entry(&what, cause, problem.hint.as_deref())
+            })
+            .collect();
+        if self.count() > 1 {
+            let listed = match self.more {
+                0 => String::new(),
+                _ => format!(", of which {} are listed", self.problems.len()),
+            };
+            entries.push(format!("{}: {} errors{listed}\n", self.file, self.count()));
         }
-        let errors = if self.count() == 1 { "error" } else { "errors" };
-        out += &format!("{}: {} {errors}", self.file, self.count());
-        if self.more > 0 {
-            out += &format!(", of which {} are listed", self.problems.len());
-        }
-        out.push('\n');
-        out
+        entries.join("\n")
     }
 
     fn place(&self, problem: &Problem) -> String {

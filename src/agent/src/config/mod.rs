@@ -251,7 +251,11 @@ fn hosts_stay_apart(root: &Cursor<'_>, config: &Config) {
         ("all devices", Path::new("/dev")),
         ("Talos' configuration files", Path::new("/system/overlays")),
         ("the processes of the node", &config.kms.peers.host_proc),
+        // The built-in places, which stay in use where the file names no others.
+        ("a client's socket", Path::new("/var/log/audit/kube")),
+        ("a client's socket", Path::new("/run/hsm")),
     ];
+    let procs = [Path::new("/proc"), &config.kms.peers.host_proc];
     let pins = config
         .tokens
         .iter()
@@ -298,9 +302,11 @@ fn hosts_stay_apart(root: &Cursor<'_>, config: &Config) {
             ("read_write", &isolation.read_write),
         ] {
             for (item, path) in paths.iter().enumerate() {
+                let inside_proc = procs.iter().any(|proc| path.starts_with(proc));
                 let found = guarded
                     .iter()
-                    .find(|(_, guarded)| guarded.starts_with(path));
+                    .find(|(_, guarded)| guarded.starts_with(path))
+                    .or_else(|| guarded.first().filter(|_| inside_proc));
                 if let Some((what, inside)) = found
                     && let Some(cursor) = host(&[Way::Name(field), Way::Index(item)])
                 {

@@ -1,10 +1,10 @@
 //! The life of the host after it is locked in: open the token, then answer until the daemon goes.
 //!
-//! N session threads block in receive on the one socket, each with a session of its own. One more
-//! thread waits for the hang-up and nothing else, so that the process ends with the daemon also when
-//! every session thread is stuck in the module.
+//! N session threads block in receive on the one socket, each with a session of its own. Two more
+//! wait for the hang-up and nothing else, so that the process ends with the daemon also when every
+//! session thread is stuck in the module: one cleans up, the other ends it if that takes too long.
 
-use std::sync::OnceLock;
+use std::sync::{Barrier, OnceLock};
 use std::thread;
 use std::time::Duration;
 
@@ -49,10 +49,7 @@ pub(crate) fn refuse(channel: &Channel, id: u64, fault: Fault) -> ! {
 /// Opens the token, then serves until the daemon hangs up.
 pub(crate) fn serve(channel: Channel, id: u64, open: Open) -> ! {
     let channel = CHANNEL.get_or_init(|| channel);
-    spawn("hang-up", move || {
-        channel.wait_for_hang_up();
-        shut_down();
-    });
+    watch_for_hang_up(channel);
     let sessions = open.sessions.clamp(1, 64);
     let token = match Token::open(open) {
         Ok(token) => TOKEN.get_or_init(|| token),
@@ -68,9 +65,37 @@ pub(crate) fn serve(channel: Channel, id: u64, open: Open) -> ! {
         }
     };
     for n in 1..sessions {
-        spawn(&format!("session {n}"), move || work(channel, token));
+        // One fewer is slower, not wrong.
+        let _ = spawn(&format!("session {n}"), move || work(channel, token));
     }
     work(channel, token)
+}
+
+/// Starts the two threads that end the process, and returns when both have.
+///
+/// They must be under way before any vendor code runs: a module that hangs while it is loaded holds
+/// the dynamic linker's lock, and a thread takes that lock when it begins (to register destructors).
+fn watch_for_hang_up(channel: &'static Channel) {
+    static STARTED: Barrier = Barrier::new(3);
+    let first = spawn("hang-up", move || {
+        STARTED.wait();
+        channel.wait_for_hang_up();
+        // C_Finalize frees sessions that a network HSM would count until they time out.
+        if let Some(token) = TOKEN.get() {
+            token.shut_down(SHUT_DOWN);
+        }
+        leave(0)
+    });
+    let second = spawn("last call", move || {
+        STARTED.wait();
+        channel.wait_for_hang_up();
+        thread::sleep(2 * SHUT_DOWN);
+        leave(0)
+    });
+    if !(first && second) {
+        leave(1);
+    }
+    STARTED.wait();
 }
 
 fn work(channel: &Channel, token: &Token) -> ! {
@@ -119,27 +144,16 @@ fn respond(channel: &Channel, id: u64, outcome: Result<Answer, Fault>) {
     }
 }
 
-fn shut_down() -> ! {
-    // C_Finalize frees sessions that a network HSM would count until they time out. It may as well
-    // hang, and then the process ends all the same.
-    spawn("last call", || {
-        thread::sleep(2 * SHUT_DOWN);
-        leave(0)
-    });
-    if let Some(token) = TOKEN.get() {
-        token.shut_down(SHUT_DOWN);
-    }
-    leave(0)
-}
-
-fn spawn(name: &str, body: impl FnOnce() + Send + 'static) {
+/// False, and a line in the log, when the system grants no thread more.
+fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> bool {
     let spawned = thread::Builder::new()
         .name(name.to_owned())
         .stack_size(STACK)
         .spawn(body);
-    if let Err(error) = spawned {
+    if let Err(error) = &spawned {
         eprintln!("hsm-token: thread `{name}` cannot be started: {error}");
     }
+    spawned.is_ok()
 }
 
 /// Ends the process without running the module's exit handlers, which may hang or crash.

@@ -201,6 +201,7 @@ static void list(const char *what, const char *path) {
 /* Everything a module may want to do to its host, each with what came of it. */
 static void spy(void) {
     char path[512];
+    list("descriptors", "/proc/self/fd");
     long daemon = atol(getenv("SPY_DAEMON") ? getenv("SPY_DAEMON") : "0");
     snprintf(path, sizeof path, "/proc/%ld/environ", daemon);
     tried("read daemon environ", open(path, O_RDONLY | O_CLOEXEC));
@@ -238,14 +239,13 @@ static void spy(void) {
     tried("write /tmp", open("/tmp/x", O_WRONLY | O_CREAT | O_CLOEXEC, 0600));
     tried("write /dev/null", open("/dev/null", O_WRONLY | O_CLOEXEC));
     tried("read /dev/urandom", open("/dev/urandom", O_RDONLY | O_CLOEXEC));
-    snprintf(path, sizeof path, "%s", getenv("SPY_MODULE") ? getenv("SPY_MODULE") : "/");
-    tried("write own module", open(path, O_WRONLY | O_CLOEXEC));
+    snprintf(path, sizeof path, "%s", getenv("SPY_WRITE") ? getenv("SPY_WRITE") : "/");
+    tried("write named file", open(path, O_WRONLY | O_CLOEXEC));
     list("sys", "/sys");
     list("host root", "/.host");
     list("root", "/");
     list("proc", "/proc");
     list("dev", "/dev");
-    list("descriptors", "/proc/self/fd");
     struct rlimit core;
     getrlimit(RLIMIT_CORE, &core);
     note("report", "core=%lu\n", (ulong_t)core.rlim_max);

@@ -3,6 +3,8 @@
 //! Needs root and a cgroup2 mount: a test makes cgroups of its own, puts processes there and gives them another user. The
 //! processes are this program again, told by the environment what to be.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by a panic")]
+
 #[allow(
     dead_code,
     unused_imports,
@@ -330,12 +332,34 @@ fn what_is_not_the_procfs_of_our_own_processes_shows_nobody() {
 }
 
 #[test]
-fn a_peer_that_leaves_us_no_descriptors_does_not_make_us_blind() {
+fn a_folder_made_to_look_like_a_procfs_is_not_believed() {
+    let mut node = Node::new();
+    let forged = node.folder.path().join("proc");
+    fs::create_dir(&forged).unwrap();
+    symlink("/proc/self", forged.join("self")).unwrap();
+    let door = node.abstract_door();
+    let client = node.client(NOBODY, "somewhere", &door);
+    let process = forged.join(client.child.id().to_string());
+    fs::create_dir(&process).unwrap();
+    fs::write(
+        process.join("cgroup"),
+        format!("0::/kubepods/pod{API_SERVER}/ctr\n"),
+    )
+    .unwrap();
+    node.rules.host_proc = forged;
+    assert_eq!(node.judge(&door), Err("no_host_proc"));
+}
+
+#[test]
+fn a_peer_that_leaves_us_few_descriptors_does_not_make_us_blind() {
     let node = Node::new();
-    for door in [node.abstract_door(), node.path_door()] {
-        let mut daemon = node.daemon(&[], &door, "without descriptors");
-        let _stranger = node.client(NOBODY, "somewhere", &door);
-        assert_eq!(daemon.hear(), "refused trouble", "{door:?}");
+    // One is needed for the pidfd, one for the procfs, one for a file in it.
+    for left in ["0", "1", "2"] {
+        for door in [node.abstract_door(), node.path_door()] {
+            let mut daemon = node.daemon(&[], &door, left);
+            let _stranger = node.client(NOBODY, "somewhere", &door);
+            assert_eq!(daemon.hear(), "refused trouble", "{left} left at {door:?}");
+        }
     }
 }
 
@@ -439,12 +463,12 @@ impl Node {
         client
     }
 
-    /// Another process that judges the next peer at this door.
-    fn daemon(&self, before: &[&str], door: &Door, manner: &str) -> Actor {
+    /// Another process that judges the next peer at this door; with only so many descriptors to spare, if it is said.
+    fn daemon(&self, before: &[&str], door: &Door, descriptors: &str) -> Actor {
         let listener = OwnedFd::from(door.listener.try_clone().unwrap());
         Actor::new(
             self.command(before, "daemon", "hsmd")
-                .env("HSMD_TEST_MANNER", manner)
+                .env("HSMD_TEST_DESCRIPTORS", descriptors)
                 .stdin(listener),
         )
     }
@@ -659,10 +683,14 @@ fn play_daemon() {
     };
     let connection = listener.accept().unwrap().0;
     let mut hoard = Vec::new();
-    if std::env::var("HSMD_TEST_MANNER").as_deref() == Ok("without descriptors") {
+    if let Some(left) = std::env::var("HSMD_TEST_DESCRIPTORS")
+        .ok()
+        .filter(|left| !left.is_empty())
+    {
         let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
         setrlimit(Resource::RLIMIT_NOFILE, 128, hard).unwrap();
         hoard.extend(std::iter::from_fn(|| File::open("/dev/null").ok()));
+        hoard.truncate(hoard.len() - left.parse::<usize>().unwrap());
     }
     let verdict = admit(&connection, kind, &rules);
     drop(hoard);

@@ -3,6 +3,8 @@
 //! Needs root: a test gives folders, files and processes to other users. Somebody who holds a name is this program again, told by
 //! the environment what to be.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by a panic")]
+
 #[allow(
     dead_code,
     unused_imports,

@@ -52,6 +52,14 @@ func serving(t *testing.T, change ...func(*settings)) *daemon {
 // configured makes token, folder and configuration, and starts nothing.
 func configured(t *testing.T, change ...func(*settings)) *daemon {
 	t.Helper()
+	d := unconfigured(t, change...)
+	d.configure(t)
+	return d
+}
+
+// unconfigured makes token and folder; the configuration file is absent until configure is called.
+func unconfigured(t *testing.T, change ...func(*settings)) *daemon {
+	t.Helper()
 	d := &daemon{name: "hsm-kms-" + randomHex(8)}
 	d.settings = settings{cluster: cluster, keys: []key{{label: firstKey, epoch: 1, state: "active"}}}
 	for _, apply := range change {
@@ -61,7 +69,6 @@ func configured(t *testing.T, change ...func(*settings)) *daemon {
 		d.settings.token = newToken(t)
 	}
 	ask(t, "NewDaemon", Nothing{}, &d.folder)
-	d.configure(t)
 	return d
 }
 

@@ -178,13 +178,20 @@ func withoutRootsFiles(args []string) []string {
 type staticPod struct {
 	folder string
 	cgroup *os.File
-	logs   string
+	// logs is a log folder that tests name in a configuration.
+	logs string
+	// builtin is the pod's folder where hsmd looks while it has no configuration.
+	builtin string
 }
 
 func makeStaticPod(logs string) (*staticPod, error) {
 	uid := randomHex(16)
-	if err := os.MkdirAll(filepath.Join(logs, "kube-system_kube-apiserver-node-1_"+uid), 0o755); err != nil {
-		return nil, err
+	name := "kube-system_kube-apiserver-node-1_" + uid
+	builtin := filepath.Join("/var/log/pods", name)
+	for _, folder := range []string{filepath.Join(logs, name), builtin} {
+		if err := os.MkdirAll(folder, 0o755); err != nil {
+			return nil, err
+		}
 	}
 	hierarchy, err := cgroup2Mount()
 	if err != nil {
@@ -199,7 +206,7 @@ func makeStaticPod(logs string) (*staticPod, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &staticPod{folder: pod, cgroup: cgroup, logs: logs}, nil
+	return &staticPod{folder: pod, cgroup: cgroup, logs: logs, builtin: builtin}, nil
 }
 
 func (p *staticPod) remove() {
@@ -208,6 +215,8 @@ func (p *staticPod) remove() {
 	_ = os.Remove(p.folder)
 	_ = os.Remove(filepath.Dir(p.folder))
 	_ = os.Remove(filepath.Dir(filepath.Dir(p.folder)))
+	_ = os.Remove(p.builtin)
+	_ = os.Remove(filepath.Dir(p.builtin))
 	p.cgroup.Close()
 }
 

@@ -11,6 +11,7 @@ import (
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	kmsservice "k8s.io/kms/pkg/service"
 )
 
 func TestStatusNamesVersionHealthAndAKeyIDThatEncryptConfirms(t *testing.T) {
@@ -79,8 +80,33 @@ func TestSeedsOfEveryLengthOpenAgain(t *testing.T) {
 			t.Fatalf("Decrypt of %d bytes: %q, %v", length, opened, err)
 		}
 	}
-	if _, err := service.Encrypt(t.Context(), newUID(), make([]byte, 513)); status.Code(err) != codes.InvalidArgument {
-		t.Errorf("513 bytes would make an envelope that the API server may refuse, yet Encrypt answers %v", err)
+	for _, length := range []int{0, 513, 32 << 10} {
+		if _, err := service.Encrypt(t.Context(), newUID(), make([]byte, length)); status.Code(err) != codes.InvalidArgument {
+			t.Errorf("%d bytes are no seed, yet Encrypt answers %v", length, err)
+		}
+	}
+}
+
+func TestAnUnconfiguredDaemonAnswersThatItIsAndServesOnceItIsConfigured(t *testing.T) {
+	d := unconfigured(t)
+	d.start(t)
+	// One connection for both lives: the socket is there from the beginning and stays.
+	service := dial(t, d.pathEndpoint(), 3*time.Second)
+	_, statusErr := service.Status(t.Context())
+	_, encryptErr := service.Encrypt(t.Context(), newUID(), []byte("seed"))
+	_, decryptErr := service.Decrypt(t.Context(), newUID(), &kmsservice.DecryptRequest{Ciphertext: []byte("THSM"), KeyID: "id"})
+	for call, err := range map[string]error{"Status": statusErr, "Encrypt": encryptErr, "Decrypt": decryptErr} {
+		if status.Code(err) != codes.Unavailable {
+			t.Errorf("%s of a daemon without a configuration: expected Unavailable, got %v", call, err)
+		}
+	}
+	if r := d.report(t); r.Configuration.State != "unconfigured" || r.KMS.Ready || d.readyz() != 503 {
+		t.Errorf("/status of a daemon without a configuration: %+v", r)
+	}
+	d.configure(t)
+	d.waitReady(t)
+	if answer, err := service.Status(t.Context()); err != nil || answer.Healthz != "ok" {
+		t.Errorf("once configured, Status is %+v, %v", answer, err)
 	}
 }
 

@@ -26,7 +26,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval, sleep};
 
-pub(crate) use endpoint::{Endpoint, EndpointError};
+pub(crate) use endpoint::Endpoint;
 pub(crate) use probe::Holder;
 
 use path::FileId;

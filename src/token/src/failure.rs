@@ -25,7 +25,7 @@ pub(crate) enum Failure {
     /// An earlier re-initialisation left no token to work with.
     NoToken,
     /// The module broke PKCS#11 itself: a length beyond its buffer, a count beyond its array. What
-    /// else it wrote is unknown, so this process must end; nothing is tried again in it.
+    /// else it wrote is unknown: nothing is tried again in this process, and the daemon ends it.
     Broken {
         /// The C function.
         function: &'static str,

@@ -7,6 +7,7 @@
 //! re-initialise. Every request here is free of side effects, so that each may be tried again.
 
 use std::collections::HashMap;
+use std::time::{Duration, Instant};
 
 use cryptoki_sys::*;
 use hsm_wire::envelope::Wrap;
@@ -23,6 +24,7 @@ use crate::wrap::{self, Scratch};
 
 /// Keys whose handles a thread keeps. The daemon names a handful; more means that it went wrong.
 const MAX_KNOWN_KEYS: usize = 256;
+const LINE_EVERY: Duration = Duration::from_secs(1);
 const PROBE_AAD: &[u8] = b"talos-hsm probe v1";
 
 /// What one session thread owns.
@@ -35,6 +37,7 @@ pub(crate) struct Worker<'t> {
     scratch: Scratch,
     /// The token said that we are not logged in: ask again whatever the session's state says.
     login_lost: bool,
+    last_line: Option<Instant>,
 }
 
 impl<'t> Worker<'t> {
@@ -47,6 +50,7 @@ impl<'t> Worker<'t> {
             handles: HashMap::new(),
             scratch: Scratch::new(),
             login_lost: false,
+            last_line: None,
         }
     }
 
@@ -87,7 +91,9 @@ impl<'t> Worker<'t> {
             let (Some(lowest), Some(reached)) = (failure.rung(), next) else {
                 return Err(failure.into_fault(doing(request)));
             };
-            match lowest.max(reached) {
+            let rung = lowest.max(reached);
+            self.log(rung, &failure, request);
+            match rung {
                 Rung::Find => {
                     self.forget_key(request);
                     next = Some(Rung::Session);
@@ -113,6 +119,24 @@ impl<'t> Worker<'t> {
                 }
             }
         }
+    }
+
+    /// One line in a second: a token that is down fails every request.
+    fn log(&mut self, rung: Rung, failure: &Failure, request: &Request) {
+        if self
+            .last_line
+            .is_some_and(|last| last.elapsed() < LINE_EVERY)
+        {
+            return;
+        }
+        self.last_line = Some(Instant::now());
+        let next = match rung {
+            Rung::Find => "searching the key again",
+            Rung::Session => "trying on a new session",
+            Rung::Reinitialize => "the module must be re-initialised",
+        };
+        let fault = failure.clone().into_fault(doing(request));
+        eprintln!("hsm-token: {fault}; {next}");
     }
 
     fn replace_session(&mut self, recovery: &mut Recovery) {

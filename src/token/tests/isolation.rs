@@ -184,6 +184,25 @@ fn of_the_daemons_folder_only_what_is_named_is_shown() {
     assert_eq!(found["write named file"], "EROFS");
 }
 
+#[test]
+fn a_socket_that_is_named_can_be_used() {
+    // As smart-card and HSM daemons have: the network is not the only way to a token.
+    let hostile = Hostile::new();
+    hostile.rules("load spy\n");
+    let place = tempfile::tempdir().expect("folder");
+    let socket = place.path().join("vendor.sock");
+    let _listener = UnixListener::bind(&socket).expect("socket");
+    fs::set_permissions(&socket, fs::Permissions::from_mode(0o666)).expect("mode");
+    let mut start = hostile.start();
+    let named = socket.display().to_string();
+    start
+        .args
+        .extend(["--read-write".to_owned(), named.clone()]);
+    start.env.push(("SPY_SOCKET".to_owned(), named));
+    Host::open(&start, hostile.open_request());
+    assert_eq!(findings(&hostile)["connect"], "ok");
+}
+
 /// The fault that Open ends in.
 fn refused(start: &Start, module: impl AsRef<Path>) -> Fault {
     let mut host = Host::start(start);

@@ -19,6 +19,8 @@ use crate::args::Isolation;
 
 /// Folders of the system that a library may need; `/lib*` besides.
 const SYSTEM: [&str; 6] = ["/bin", "/etc", "/opt", "/sbin", "/usr", "/lib"];
+/// Files in `/etc` that often are links to elsewhere, and without which no HSM is found by its name.
+const RESOLVER: [&str; 2] = ["/etc/hosts", "/etc/resolv.conf"];
 /// The daemon's own: configuration with PIN files, sockets, latch notes.
 pub(crate) const DAEMON: [&str; 3] = ["/etc/hsm", "/run/hsm", "/var/lib/hsm"];
 /// As the kernel's own limit on links in a path.
@@ -84,6 +86,14 @@ impl View {
             && view.shows(&resolved.path)
         {
             view.masked.push(resolved.path);
+        }
+        for file in RESOLVER {
+            if let Some(resolved) = resolve_if_there(Path::new(file), isolation.uid)? {
+                let bind = view.take(resolved, Access::ReadOnly);
+                if !view.shows(&bind.path) {
+                    view.others.push(bind);
+                }
+            }
         }
         view.add_module(module, isolation.uid)?;
         for folder in loader {

@@ -3,7 +3,7 @@
 # To be sourced. It defines
 #   SUITES, FULL_SUITES     names, in the order in which they run
 #   suite_about NAME        prints what the suite shows, in one line
-#   suite_NAME              runs it; non-zero if anything is wrong. A line `note: …` of its output is for the summary
+#   suite_NAME              runs it; non-zero if anything is wrong. A line `summary: …` of its output is for the summary
 #   suite_prepare NAME…     makes the slow parts that these suites will ask for; meant for the background
 #
 # Each runs in a shell of its own, with `set -euo pipefail`, in the repository's root.
@@ -55,19 +55,17 @@ suite_prepare() {
 }
 
 suite_lint() {
-    local scripts
-    cargo fmt --all --check
+    local scripts status=0
+    # All of them, even after one has failed: each is quick to mend.
+    cargo fmt --all --check || status=1
     # The fuzz targets are a workspace of their own; what they mount of the daemon was looked at above.
-    rustfmt --edition 2024 --check tests/fuzz/fuzz_targets/*.rs
-    _suites_gofmt
-    cargo clippy --workspace --all-targets --locked -- -D warnings
+    rustfmt --edition 2024 --check tests/fuzz/fuzz_targets/*.rs || status=1
+    _suites_gofmt || status=1
     mapfile -t scripts < <(git ls-files hack .ci)
-    if command -v shellcheck >/dev/null; then
-        shellcheck --shell=bash --external-sources "${scripts[@]}"
-    else
-        printf 'note: shellcheck is not installed, the scripts were not looked at\n'
-    fi
-    _suites_tidy
+    shellcheck --shell=bash --external-sources "${scripts[@]}" || status=1
+    _suites_tidy || status=1
+    cargo clippy --workspace --all-targets --locked -- -D warnings || status=1
+    return "$status"
 }
 
 _suites_gofmt() {
@@ -91,7 +89,7 @@ _suites_tidy() {
     done < <(git ls-files '*.rs')
     # Written so that these lines do not find themselves.
     _suites_absent 'unfinished work; finish it or file an issue' '\b(TO''DO|FIX''ME|X''XX)\b' || status=1
-    _suites_absent 'a path of some machine' '(^|[^[:alnum:]_/.-])/(ro''ot|wo''rk|home/[a-z])/' || status=1
+    _suites_absent 'a path of some machine' '(^|[^]}[:alnum:]_/.-])/(ro''ot|wo''rk|home/[a-z])/' || status=1
     return "$status"
 }
 
@@ -151,7 +149,7 @@ suite_deny() {
     said=$("$deny" --locked check advisories 2>&1) || status=$?
     printf '%s\n' "$said"
     if [[ $said = *'failed to fetch advisory database'* ]]; then
-        printf 'note: advisories were not checked, their database cannot be reached from here\n'
+        printf 'summary: advisories were not checked, their database cannot be reached from here\n'
         return 0
     fi
     return "$status"

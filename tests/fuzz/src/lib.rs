@@ -48,7 +48,7 @@ use peer_parts::parse;
 
 /// A configuration file; one that is accepted must be a legal step from itself.
 pub fn configuration(bytes: &[u8]) {
-    let Ok(text) = config::decode(bytes.to_vec(), "hsmd.yaml") else {
+    let Ok(text) = config::decode(Ok(bytes.to_vec()), "hsmd.yaml") else {
         return;
     };
     match config::parse(&text, "hsmd.yaml") {

@@ -10,11 +10,13 @@
 //! | `reader` | plain values → fields of the right type; notes every mistake |
 //! | `values` | names, paths, durations, modes |
 //! | `tokens`, `kms` | the two sections |
+//! | `across` | what must hold between sections |
 //! | [`plan`] | may this configuration follow that one? |
 //!
 //! **Invariant:** no message repeats a value from `pin` or `env`, where a secret may stand by mistake.
 //! **Invariant:** a [`Config`] comes from [`parse`] only.
 
+mod across;
 mod document;
 mod error;
 mod kms;
@@ -36,7 +38,7 @@ use crate::keyring::ClusterNames;
 use crate::listen::Endpoint;
 use document::Node;
 use error::Problem;
-use reader::{Complaint, Cursor, Fields, Log, Way};
+use reader::{Complaint, Cursor, Fields, Log};
 
 /// A checked configuration.
 #[derive(Debug, Clone, PartialEq)]
@@ -165,8 +167,8 @@ fn read(root: &Cursor<'_>) -> Option<Config> {
         state_dirs: state_dirs?,
         health_listen: health_listen?,
     };
-    keys_name_configured_tokens(root, &config);
-    hosts_stay_apart(root, &config);
+    across::keys_name_configured_tokens(root, &config);
+    across::hosts_stay_apart(root, &config);
     Some(config)
 }
 
@@ -210,120 +212,6 @@ fn health(cursor: &Cursor<'_>) -> Option<Endpoint> {
             }
         })
     })
-}
-
-/// A key on a token that nobody configured would never be found.
-fn keys_name_configured_tokens(root: &Cursor<'_>, config: &Config) {
-    for (index, key) in config.kms.keys.iter().enumerate() {
-        if config
-            .tokens
-            .iter()
-            .any(|token| tokens::may_hold(&token.uri, &key.uri))
-        {
-            continue;
-        }
-        let way = [
-            Way::Name("kms"),
-            Way::Name("keys"),
-            Way::Index(index),
-            Way::Name("uri"),
-        ];
-        if let Some(cursor) = root.find(&way) {
-            let tokens: Vec<String> = config
-                .tokens
-                .iter()
-                .map(|token| format!("`{}` is {}", token.name, token.uri))
-                .collect();
-            cursor.complain::<()>(
-                Complaint::new("the URI's token attributes match no configured token")
-                    .hint(tokens.join(", ")),
-            );
-        }
-    }
-}
-
-/// Vendor code is not trusted with the node: a host must neither pass as a client nor be shown the
-/// files that would let it, whatever the file says.
-fn hosts_stay_apart(root: &Cursor<'_>, config: &Config) {
-    let mut guarded: Vec<(&str, &Path)> = vec![
-        ("the processes of the node", Path::new("/proc")),
-        ("kernel settings", Path::new("/sys")),
-        ("all devices", Path::new("/dev")),
-        ("Talos' configuration files", Path::new("/system/overlays")),
-        ("the processes of the node", &config.kms.peers.host_proc),
-        // The built-in places, which stay in use where the file names no others.
-        ("a client's socket", Path::new("/var/log/audit/kube")),
-        ("a client's socket", Path::new("/run/hsm")),
-    ];
-    let procs = [Path::new("/proc"), &config.kms.peers.host_proc];
-    let pins = config
-        .tokens
-        .iter()
-        .filter_map(|token| token.pin.source.file());
-    guarded.extend(pins.map(|file| ("a PIN", file)));
-    guarded.extend(
-        config
-            .state_dirs
-            .iter()
-            .map(|dir| ("the notes on refused PINs", dir.as_path())),
-    );
-    let listen = config
-        .kms
-        .listen
-        .iter()
-        .flatten()
-        .chain(&config.health_listen);
-    guarded.extend(listen.filter_map(|endpoint| match endpoint {
-        Endpoint::Path { path, .. } => Some(("a client's socket", path.as_path())),
-        Endpoint::Abstract(_) => None,
-    }));
-
-    for (index, token) in config.tokens.iter().enumerate() {
-        let host = |rest: &[Way<'_>]| {
-            root.find(&[Way::Name("tokens"), Way::Index(index), Way::Name("host")])?
-                .find(rest)
-        };
-        let Some(isolation) = &token.launch.isolation else {
-            continue;
-        };
-        if config.kms.peers.uids.contains(&isolation.uid)
-            && let Some(cursor) = host(&[Way::Name("uid")])
-        {
-            cursor.complain::<()>(
-                Complaint::new(format!(
-                    "uid {} is a client's (kms.peers.uid): the module could call the socket itself",
-                    isolation.uid
-                ))
-                .hint("give the host a uid that nothing else on the node has"),
-            );
-        }
-        for (field, paths) in [
-            ("read_only", &isolation.read_only),
-            ("read_write", &isolation.read_write),
-        ] {
-            for (item, path) in paths.iter().enumerate() {
-                let inside_proc = procs.iter().any(|proc| path.starts_with(proc));
-                let found = guarded
-                    .iter()
-                    .find(|(_, guarded)| guarded.starts_with(path))
-                    .or_else(|| guarded.first().filter(|_| inside_proc));
-                if let Some((what, inside)) = found
-                    && let Some(cursor) = host(&[Way::Name(field), Way::Index(item)])
-                {
-                    // The PIN's path is in the file anyway, but its section stays unquoted.
-                    let place = if *what == "a PIN" {
-                        String::new()
-                    } else {
-                        format!(" ({})", inside.display())
-                    };
-                    cursor.complain::<()>(
-                        Complaint::new(format!("would show the module {what}{place}"))
-                            .hint("name the files that the module needs, not a folder above them"),
-                    );
-                }
-            }
-        }
-    }
 }
 
 #[cfg(test)]

@@ -20,7 +20,8 @@ pub(super) fn path(cursor: &Cursor<'_>) -> Option<PathBuf> {
                 "{shown} is not an absolute path; it must begin with `/`"
             )));
         }
-        if text.contains('\0') || text.len() > 4095 {
+        // A line end would be a line of its own in the log.
+        if text.chars().any(char::is_control) || text.len() > 4095 {
             return Err(Complaint::new(format!("{shown} cannot be a path")));
         }
         let path = PathBuf::from(text);

@@ -73,7 +73,8 @@ impl Endpoint {
             .components()
             .all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
         let text = path.as_os_str().as_encoded_bytes();
-        // `components` passes over `//`, `/./` and a trailing slash, which would make one socket have several names.
+        // `components` passes over `//`, `/./` and a trailing slash, which would make one socket
+        // have several names.
         let canonical = path.components().collect::<PathBuf>().as_os_str().len() == text.len();
         if !(path.is_absolute()
             && plain

@@ -1,16 +1,19 @@
 //! Listens at a place, whatever becomes of the place.
 //!
-//! **Expected flow.** [`open`] tries at once, so that the default sockets answer before anything else is done, and goes on in a
-//! task of its own: it waits for a folder that does not exist yet (on Talos `/var` is mounted after us), asks again for a name that
-//! somebody else holds, and binds anew when its file is removed or replaced.
+//! **Expected flow.** [`open`] tries at once, so that the default sockets answer before anything
+//! else is done, and goes on in a task of its own: it waits for a folder that does not exist yet
+//! (on Talos `/var` is mounted after us), asks again for a name that somebody else holds, and binds
+//! anew when its file is removed or replaced.
 //!
-//! **Guarantees.** A socket file has its owner and mode before it has its name, also in a folder whose owner is hostile. A stale
-//! socket file is replaced; a file that is no socket, and a socket that somebody listens on, never. No failure ends the task.
+//! **Guarantees.** A socket file has its owner and mode before it has its name, also in a folder
+//! whose owner is hostile. A stale socket file is replaced; a file that is no socket, and a socket
+//! that somebody listens on, never. No failure ends the task.
 //!
-//! **Assumptions.** The folders above the socket's own are changed by root alone. System calls on local filesystems return soon:
-//! they are made on the runtime's thread.
+//! **Assumptions.** The folders above the socket's own are changed by root alone. System calls on
+//! local filesystems return soon: they are made on the runtime's thread.
 //!
-//! **Caveats.** An abstract name that is held by a process which does not listen cannot be asked who that is.
+//! **Caveats.** An abstract name that is held by a process which does not listen cannot be asked
+//! who that is.
 
 mod endpoint;
 mod path;
@@ -31,12 +34,14 @@ pub(crate) use probe::Holder;
 
 use path::FileId;
 
-/// Connections at one endpoint. A kube-apiserver holds one for each KMS provider of its configuration, twice that while it loads
-/// a new one; a node may run two for a moment while its static pod is replaced. With eight providers: 8 · 2 · 2 = 32, doubled.
+/// Connections at one endpoint. A kube-apiserver holds one for each KMS provider of its
+/// configuration, twice that while it loads a new one; a node may run two for a moment while its
+/// static pod is replaced. With eight providers: 8 · 2 · 2 = 32, doubled.
 const CONNECTION_LIMIT: usize = 64;
 /// Accepted connections that nobody has taken yet; beyond that they wait in the kernel's backlog.
 const HANDOVER_LIMIT: usize = 16;
-/// How soon a folder that appears is noticed. kube-apiserver is started seconds after its folder is made.
+/// How soon a folder that appears is noticed. kube-apiserver is started seconds after its folder is
+/// made.
 const FOLDER_POLL: Duration = Duration::from_millis(250);
 /// How often a name that is taken, or a place that failed, is tried again.
 const RETRY: Duration = Duration::from_secs(1);
@@ -120,15 +125,17 @@ pub(crate) struct Share(
 
 /// Begins to listen, within a runtime.
 ///
-/// The first attempt has been made when this returns. `host_proc` is where the cgroup of somebody who holds the name is looked up.
+/// The first attempt has been made when this returns. `host_proc` is where the cgroup of somebody
+/// who holds the name is looked up.
 pub(crate) fn open(endpoint: Endpoint, host_proc: &Path) -> (Listener, Incoming) {
     let mut place = Place {
         endpoint: endpoint.clone(),
         host_proc: host_proc.to_owned(),
         said: None,
     };
-    // A listener of this process that is about to be closed gives way, so that there is no moment without one. It does so only
-    // to one that is being opened: otherwise two would go on taking the name from each other.
+    // A listener of this process that is about to be closed gives way, so that there is no moment
+    // without one. It does so only to one that is being opened: otherwise two would go on taking
+    // the name from each other.
     let first = place.bind(true);
     let (publish, state) = watch::channel(first.state());
     let (handover, incoming) = mpsc::channel(HANDOVER_LIMIT);
@@ -358,7 +365,8 @@ impl Place {
 }
 
 impl Incoming {
-    /// The next connection; none when the listener was closed. Nothing is lost if this is dropped while it waits.
+    /// The next connection; none when the listener was closed. Nothing is lost if this is dropped
+    /// while it waits.
     pub(crate) async fn next(&mut self) -> Option<Connection> {
         self.0.recv().await
     }

@@ -1,10 +1,14 @@
-//! Puts a socket file in its place with owner and mode already right, in a folder that may belong to somebody else.
+//! Puts a socket file in its place with owner and mode already right, in a folder that may belong
+//! to somebody else.
 //!
-//! `bind` makes a file that is open to whom the umask says, and `chmod` by path may by then mean another file: whoever owns the
-//! folder can replace it in between. So the socket is made in a folder of our own, which nobody else can enter, gets its mode and
-//! owner and begins to listen there, and is renamed to its place. Every step goes by descriptor or by a name in our own folder.
+//! `bind` makes a file that is open to whom the umask says, and `chmod` by path may by then mean
+//! another file: whoever owns the folder can replace it in between. So the socket is made in a
+//! folder of our own, which nobody else can enter, gets its mode and owner and begins to listen
+//! there, and is renamed to its place. Every step goes by descriptor or by a name in our own
+//! folder.
 //!
-//! That also makes a path longer than a socket address allows bindable: a client may see the folder under a shorter one.
+//! That also makes a path longer than a socket address allows bindable: a client may see the folder
+//! under a shorter one.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, ReadDir};
@@ -31,9 +35,11 @@ const PREFIX: &str = ".hsmd-";
 const SOCKET: &str = "s";
 /// A folder of ours that is older than this was left by a predecessor that died in between.
 const LEFT_BEHIND: Duration = Duration::from_secs(60);
-/// Entries of the folder that are looked at for such leftovers. The audit folder holds a dozen files; its owner could make more.
+/// Entries of the folder that are looked at for such leftovers. The audit folder holds a dozen
+/// files; its owner could make more.
 const SWEEP_LIMIT: usize = 1024;
-/// Attempts to find a name for our folder that is free. One is enough unless somebody guesses 64 bits.
+/// Attempts to find a name for our folder that is free. One is enough unless somebody guesses 64
+/// bits.
 const NAME_ATTEMPTS: usize = 4;
 
 /// Whom the socket belongs to.
@@ -60,7 +66,8 @@ impl FileId {
     }
 }
 
-/// Listens at a path. `instead_of_our_own`: a socket on which this very process listens is replaced like a stale one.
+/// Listens at a path. `instead_of_our_own`: a socket on which this very process listens is replaced
+/// like a stale one.
 pub(super) fn bind(
     path: &Path,
     owner: Owner,
@@ -100,9 +107,11 @@ pub(super) fn bind(
     Ok((socket.into(), file))
 }
 
-/// Whether the path, resolved anew, is known not to be this file any more: a mount over the folder moves the place as well.
+/// Whether the path, resolved anew, is known not to be this file any more: a mount over the folder
+/// moves the place as well.
 ///
-/// Not being able to look, for want of a descriptor, is no reason to give up a socket that clients reach.
+/// Not being able to look, for want of a descriptor, is no reason to give up a socket that clients
+/// reach.
 pub(crate) fn is_lost(path: &Path, file: FileId) -> bool {
     match identify(path) {
         Ok(found) => found != file,
@@ -164,8 +173,9 @@ fn without_folder(path: &Path, errno: Errno) -> State {
 
 /// Refuses a folder in which somebody could put a socket of their own in the place of ours.
 ///
-/// Whoever may write to a folder may rename in it, unless it is sticky. Its owner may always: so that must be root, ourselves, or
-/// the socket's owner, who is the one we want to be reached by and gains nothing.
+/// Whoever may write to a folder may rename in it, unless it is sticky. Its owner may always: so
+/// that must be root, ourselves, or the socket's owner, who is the one we want to be reached by and
+/// gains nothing.
 fn check_folder(path: &Path, folder: &OwnedFd, owner: Owner) -> Result<(), State> {
     let parent = path.parent().unwrap_or(path).display();
     let stat = fstat(folder).map_err(|errno| failed(&format!("looking at {parent}"), errno))?;
@@ -246,8 +256,9 @@ impl<'a> PrivateFolder<'a> {
         Err(failed("making a folder for the socket", Errno::EEXIST))
     }
 
-    /// Opens the folder just made. Who owns the parent may have put another in its place, so it counts only if it is one that
-    /// nobody but us can have made or can enter: then it does not matter which it is.
+    /// Opens the folder just made. Who owns the parent may have put another in its place, so it
+    /// counts only if it is one that nobody but us can have made or can enter: then it does not
+    /// matter which it is.
     fn enter(parent: &'a OwnedFd, name: OsString) -> Result<Self, State> {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let doing = "entering the folder made for the socket";
@@ -307,7 +318,8 @@ impl Drop for PrivateFolder<'_> {
     }
 }
 
-/// Removes a folder of ours and the socket that may be in it. What cannot be removed is left for the next sweep.
+/// Removes a folder of ours and the socket that may be in it. What cannot be removed is left for
+/// the next sweep.
 fn discard(parent: &OwnedFd, name: &OsStr, folder: &OwnedFd) {
     let _ = unlinkat(folder, SOCKET, UnlinkatFlags::NoRemoveDir);
     let _ = unlinkat(parent, name, UnlinkatFlags::RemoveDir);

@@ -88,7 +88,8 @@ pub(super) fn bind_abstract(name: &str, host_proc: &Path) -> Result<UnixListener
         Err(Errno::EADDRINUSE) => {
             return Err(match life(&address, host_proc) {
                 Ok(Life::Live(holder)) => State::Taken { holder },
-                // An abstract name is never left behind: this is a process that has bound it and does not listen.
+                // An abstract name is never left behind: this is a process that has bound it and
+                // does not listen.
                 Ok(Life::Stale) => State::Taken {
                     holder: Holder::default(),
                 },

@@ -1,12 +1,14 @@
 //! Who may speak to the daemon's sockets.
 //!
-//! A path socket is guarded by its folder and mode, and by the uid the kernel reports. An abstract socket has no permissions and
-//! every process of the network namespace may connect, so there the uid is never enough (node-exporter is 65534, too): the peer
-//! must be the kube-apiserver's static pod, found by pidfd, cgroup and log folder. Where all of that can be seen, a path socket
-//! demands it as well; where it cannot, because the host's procfs is not here or the kernel is older than 6.5, its permissions
-//! suffice.
+//! A path socket is guarded by its folder and mode, and by the uid the kernel reports. An abstract
+//! socket has no permissions and every process of the network namespace may connect, so there the
+//! uid is never enough (node-exporter is 65534, too): the peer must be the kube-apiserver's static
+//! pod, found by pidfd, cgroup and log folder. Where all of that can be seen, a path socket demands
+//! it as well; where it cannot, because the host's procfs is not here or the kernel is older than
+//! 6.5, its permissions suffice.
 //!
-//! The identity is that of whoever called `connect`; a descriptor handed on afterwards carries it along.
+//! The identity is that of whoever called `connect`; a descriptor handed on afterwards carries it
+//! along.
 //!
 //! A refused peer is dropped without a byte and never learns why; the log and the counters do.
 
@@ -26,7 +28,8 @@ pub(crate) use parse::{NotAStaticPod, StaticPodUid};
 
 use process::{HostProc, Process};
 
-/// A node runs at most a few hundred pods; a folder with more entries than this is not the kubelet's.
+/// A node runs at most a few hundred pods; a folder with more entries than this is not the
+/// kubelet's.
 const POD_LOG_LIMIT: usize = 16 * 1024;
 
 /// Who is let in.
@@ -160,7 +163,8 @@ impl Refusal {
         }
     }
 
-    /// Whether this says that the platform does not show the peer, rather than something about the peer.
+    /// Whether this says that the platform does not show the peer, rather than something about the
+    /// peer.
     ///
     /// None of these may be something that a peer can bring about.
     fn is_blindness(&self) -> bool {
@@ -206,7 +210,8 @@ pub(crate) fn admit(
     }
 }
 
-/// The cgroup of the process at the other end, if it can be seen: for an alarm that names who holds a socket.
+/// The cgroup of the process at the other end, if it can be seen: for an alarm that names who holds
+/// a socket.
 pub(crate) fn cgroup_of_peer(connection: &impl AsFd, host_proc: &Path) -> Option<String> {
     let process = Process::of_peer(connection).ok()?;
     process.cgroup(&HostProc::open(host_proc).ok()?).ok()
@@ -219,7 +224,8 @@ fn static_pod_of(
 ) -> Result<StaticPodUid, Refusal> {
     let process = Process::of_peer(connection)?;
     let host_proc = HostProc::open(&rules.host_proc)?;
-    // A path socket's file has been checked by the kernel against the peer's real user, whatever number we are shown.
+    // A path socket's file has been checked by the kernel against the peer's real user, whatever
+    // number we are shown.
     if kind == EndpointKind::Abstract && !host_proc.has_identity_uid_map()? {
         return Err(Refusal::UserNamespace);
     }
@@ -229,8 +235,9 @@ fn static_pod_of(
     has_log_of_kube_apiserver(&rules.pod_logs, pod)
 }
 
-/// The kubelet names a pod's log folder by namespace, name and UID, and only root can make one: the only place on the node that
-/// ties a static pod's UID to the name kube-apiserver without asking the kube-apiserver.
+/// The kubelet names a pod's log folder by namespace, name and UID, and only root can make one: the
+/// only place on the node that ties a static pod's UID to the name kube-apiserver without asking
+/// the kube-apiserver.
 fn has_log_of_kube_apiserver(pod_logs: &Path, pod: StaticPodUid) -> Result<StaticPodUid, Refusal> {
     let problem = |problem: String| Refusal::NoPodLog {
         pod_logs: pod_logs.to_owned(),

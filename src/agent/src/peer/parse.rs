@@ -1,14 +1,16 @@
 //! The texts that say who a peer is, parsed without touching the system.
 //!
-//! Three files of procfs (`fdinfo` of a pidfd, `cgroup`, `uid_map`, and our own `status`) and two names that the kubelet gives
-//! (a pod's cgroup and its log folder). Nothing here does I/O, so all of it can be tested and fuzzed with any bytes.
+//! Three files of procfs (`fdinfo` of a pidfd, `cgroup`, `uid_map`, and our own `status`) and two
+//! names that the kubelet gives (a pod's cgroup and its log folder). Nothing here does I/O, so all
+//! of it can be tested and fuzzed with any bytes.
 //!
-//! Part of what is parsed is chosen by the peer: whoever may make cgroups below their own may give them any name, so a rule here
-//! must hold for a path that was built to deceive.
+//! Part of what is parsed is chosen by the peer: whoever may make cgroups below their own may give
+//! them any name, so a rule here must hold for a path that was built to deceive.
 
 use std::fmt;
 
-/// The `Pid:` of a pidfd's `fdinfo`: positive, 0 for a process that this procfs cannot see, -1 for one that is gone.
+/// The `Pid:` of a pidfd's `fdinfo`: positive, 0 for a process that this procfs cannot see, -1 for
+/// one that is gone.
 pub(crate) fn pidfd_pid(fdinfo: &str) -> Option<i64> {
     only(fdinfo.lines().filter_map(|line| line.strip_prefix("Pid:")))?
         .trim_matches([' ', '\t'])
@@ -16,7 +18,8 @@ pub(crate) fn pidfd_pid(fdinfo: &str) -> Option<i64> {
         .ok()
 }
 
-/// The innermost of the process ids that `status` lists: the one the process itself knows as its own.
+/// The innermost of the process ids that `status` lists: the one the process itself knows as its
+/// own.
 pub(crate) fn innermost_pid(status: &str) -> Option<u32> {
     only(
         status
@@ -29,7 +32,8 @@ pub(crate) fn innermost_pid(status: &str) -> Option<u32> {
     .ok()
 }
 
-/// Whether a `uid_map` maps every user to itself, so that a uid we are shown is the uid that the host means.
+/// Whether a `uid_map` maps every user to itself, so that a uid we are shown is the uid that the
+/// host means.
 pub(crate) fn is_identity_uid_map(uid_map: &str) -> bool {
     only(uid_map.lines())
         .is_some_and(|line| line.split_ascii_whitespace().eq(["0", "0", "4294967295"]))
@@ -37,20 +41,24 @@ pub(crate) fn is_identity_uid_map(uid_map: &str) -> bool {
 
 /// The path of the unified hierarchy, from the one `0::` line of a `cgroup` file.
 ///
-/// The lines of the older hierarchies are not asked: on a hybrid node a container may be given one of them to write to.
+/// The lines of the older hierarchies are not asked: on a hybrid node a container may be given one
+/// of them to write to.
 pub(crate) fn unified_cgroup(cgroup: &str) -> Option<&str> {
     only(cgroup.lines().filter_map(|line| line.strip_prefix("0::")))
         .filter(|path| path.starts_with('/'))
 }
 
-/// Whether a cgroup path leaves the cgroup namespace of its reader, and so does not begin where it seems to.
+/// Whether a cgroup path leaves the cgroup namespace of its reader, and so does not begin where it
+/// seems to.
 pub(crate) fn is_outside_our_cgroup_namespace(cgroup: &str) -> bool {
     cgroup.split('/').any(|component| component == "..")
 }
 
-/// The UID of a static pod: 32 hexadecimal digits, the hash the kubelet makes of the pod's manifest.
+/// The UID of a static pod: 32 hexadecimal digits, the hash the kubelet makes of the pod's
+/// manifest.
 ///
-/// Every other pod is given its UID by the API server, with dashes, so an ordinary pod can never have one of these.
+/// Every other pod is given its UID by the API server, with dashes, so an ordinary pod can never
+/// have one of these.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct StaticPodUid(String);
 
@@ -68,8 +76,8 @@ impl StaticPodUid {
         &self.0
     }
 
-    /// Whether `folder` is the name of the log folder that the kubelet makes for a kube-apiserver with this UID:
-    /// `kube-system_kube-apiserver-<node>_<uid>`.
+    /// Whether `folder` is the name of the log folder that the kubelet makes for a kube-apiserver
+    /// with this UID: `kube-system_kube-apiserver-<node>_<uid>`.
     pub(crate) fn names_log_folder_of_kube_apiserver(&self, folder: &str) -> bool {
         folder
             .strip_prefix("kube-system_kube-apiserver-")
@@ -110,11 +118,13 @@ pub(crate) enum NotAStaticPod {
 /// The static pod a cgroup belongs to.
 ///
 /// `…/kubepods[/burstable|/besteffort]/pod<uid>/…` with the kubelet's cgroupfs driver,
-/// `…/kubepods.slice[/kubepods-burstable.slice]/kubepods-burstable-pod<uid>.slice/…` with systemd's.
+/// `…/kubepods.slice[/kubepods-burstable.slice]/kubepods-burstable-pod<uid>.slice/…` with
+/// systemd's.
 ///
-/// Only the first `kubepods` counts and only the first pod in it: a container that may write to its own cgroup can go on
-/// below with any names it likes. For the same reason nothing counts below a `.service` or `.scope`: those are what systemd
-/// hands over to unprivileged users and services, and the kubelet's tree is never inside one.
+/// Only the first `kubepods` counts and only the first pod in it: a container that may write to its
+/// own cgroup can go on below with any names it likes. For the same reason nothing counts below a
+/// `.service` or `.scope`: those are what systemd hands over to unprivileged users and services,
+/// and the kubelet's tree is never inside one.
 pub(crate) fn static_pod(cgroup: &str) -> Result<StaticPodUid, NotAStaticPod> {
     let mut components = cgroup.split('/').filter(|component| !component.is_empty());
     let systemd = loop {

@@ -1,8 +1,9 @@
 //! Asks the kernel which process made a connection, and in which cgroup it is.
 //!
-//! A process id alone proves nothing: it may be used again by the time it is looked up. So the kernel is asked for a pidfd, the
-//! id is read from *our own* `fdinfo` of it, the cgroup is read by that id, and afterwards the pidfd must still say that the
-//! process lives: while it does, nobody else can have had its id.
+//! A process id alone proves nothing: it may be used again by the time it is looked up. So the
+//! kernel is asked for a pidfd, the id is read from *our own* `fdinfo` of it, the cgroup is read by
+//! that id, and afterwards the pidfd must still say that the process lives: while it does, nobody
+//! else can have had its id.
 
 use std::fs::File;
 use std::io::Read;
@@ -19,11 +20,12 @@ use nix::sys::statfs::{PROC_SUPER_MAGIC, fstatfs};
 use super::Refusal;
 use super::parse;
 
-/// A procfs file we read is at most this long. The longest is `cgroup`: a path of at most 4096 bytes for each of the kernel's
-/// fourteen controllers, were each mounted on its own.
+/// A procfs file we read is at most this long. The longest is `cgroup`: a path of at most 4096
+/// bytes for each of the kernel's fourteen controllers, were each mounted on its own.
 const PROC_FILE_LIMIT: u64 = 64 * 1024;
 
-/// The process at the other end of a connected socket: whoever called `connect`, or `listen` if we connected.
+/// The process at the other end of a connected socket: whoever called `connect`, or `listen` if we
+/// connected.
 pub(super) struct Process {
     pidfd: OwnedFd,
 }
@@ -33,7 +35,8 @@ impl Process {
     pub(super) fn of_peer(socket: &impl AsFd) -> Result<Self, Refusal> {
         match getsockopt(socket, sockopt::PeerPidfd) {
             Ok(pidfd) => Ok(Self { pidfd }),
-            // Before Linux 6.16 a pidfd cannot be had for a process that was already reaped, and these say so.
+            // Before Linux 6.16 a pidfd cannot be had for a process that was already reaped, and
+            // these say so.
             Err(Errno::ESRCH | Errno::EINVAL | Errno::ENOENT) => Err(Refusal::Exited),
             Err(Errno::ENOPROTOOPT) => Err(Refusal::NoPidfd),
             Err(source) => Err(Refusal::Trouble {
@@ -112,8 +115,9 @@ impl<'a> HostProc<'a> {
         if kind.filesystem_type() != PROC_SUPER_MAGIC {
             return Err(host_proc.unusable("it is not a procfs"));
         }
-        // `self` of a procfs is always the reader, by its id in the pid namespace of that mount. A procfs of a namespace we are
-        // not in has no `self`; what else might stand there does not end in the id that we know as ours.
+        // `self` of a procfs is always the reader, by its id in the pid namespace of that mount. A
+        // procfs of a namespace we are not in has no `self`; what else might stand there does not
+        // end in the id that we know as ours.
         if parse::innermost_pid(&host_proc.read("self/status")?) != Some(std::process::id()) {
             return Err(host_proc.unusable("its self is not this process"));
         }
@@ -145,7 +149,8 @@ impl<'a> HostProc<'a> {
         if bytes.len() as u64 > PROC_FILE_LIMIT {
             return Err(self.unusable(&format!("{name} is longer than {PROC_FILE_LIMIT} bytes")));
         }
-        // A cgroup may have any bytes for a name. Replacing what is not UTF-8 cannot make a name that the rules accept.
+        // A cgroup may have any bytes for a name. Replacing what is not UTF-8 cannot make a name
+        // that the rules accept.
         Ok(String::from_utf8_lossy(&bytes).into_owned())
     }
 
@@ -157,8 +162,8 @@ impl<'a> HostProc<'a> {
     }
 }
 
-/// Tells a procfs that cannot show the peer from a shortage that the peer itself may have caused: only the first lets a path
-/// socket go by its permissions alone.
+/// Tells a procfs that cannot show the peer from a shortage that the peer itself may have caused:
+/// only the first lets a path socket go by its permissions alone.
 fn refusal(host_proc: &Path, file: String, errno: Errno) -> Refusal {
     match errno {
         Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM | Errno::EINTR | Errno::EIO => {

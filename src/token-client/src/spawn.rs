@@ -11,7 +11,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
 
@@ -27,18 +27,24 @@ use crate::config::{Isolation, Launch, Loader};
 /// The descriptor on which the host finds its end of the channel.
 const CHANNEL_FD: i32 = 3;
 
-/// Pids of all hosts that were started and not yet waited for. Held while a host is being started
-/// too, so that nobody takes a host that ends at once for an orphan.
+/// Pids of all hosts that were started and not yet waited for. Held for moments only.
 static HOSTS: Mutex<BTreeSet<i32>> = Mutex::new(BTreeSet::new());
+
+/// Starts under way: there are children whose pids nobody knows yet. No lock, for a start waits for
+/// the disk that the program is on.
+static STARTING: AtomicUsize = AtomicUsize::new(0);
 
 fn hosts() -> MutexGuard<'static, BTreeSet<i32>> {
     HOSTS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Whether this crate waits for the process. A daemon that is PID 1 must not wait for those: their
-/// exit status would be lost.
+/// Whether this crate waits for the child process, or may do so: while a host is being started, any
+/// child may be it. A daemon that is PID 1 must not wait for those, for their exit status would be
+/// lost; it looks again a little later.
 pub fn owns(pid: u32) -> bool {
-    i32::try_from(pid).is_ok_and(|pid| hosts().contains(&pid))
+    // In this order: a start that ends in between has put its pid among the hosts.
+    STARTING.load(Ordering::SeqCst) > 0
+        || i32::try_from(pid).is_ok_and(|pid| hosts().contains(&pid))
 }
 
 /// One token's thread. Dropping it lets the thread end after the host that it waits for.
@@ -129,14 +135,18 @@ impl Drop for Process {
 
 fn end(pid: i32) {
     let pid = Pid::from_raw(pid);
-    // A host that has left its process group has none to kill.
-    let _ = killpg(pid, Signal::SIGKILL);
+    end_group(pid);
     if kill(pid, Signal::SIGKILL) == Err(Errno::EPERM) {
         tracing::error!(
             host_pid = pid.as_raw(),
             "The module host runs as another user and cannot be killed: this takes CAP_KILL."
         );
     }
+}
+
+// A host that has left its process group, as an isolated one does, has none to end.
+fn end_group(pid: Pid) {
+    let _ = killpg(pid, Signal::SIGKILL);
 }
 
 fn run(todo: &mpsc::Receiver<Job>) {
@@ -148,11 +158,15 @@ fn run(todo: &mpsc::Receiver<Job>) {
         if started.is_closed() {
             continue;
         }
-        let mut known = hosts();
-        let child = match command.spawn() {
+        STARTING.fetch_add(1, Ordering::SeqCst);
+        let spawned = command.spawn();
+        if let Ok(child) = &spawned {
+            hosts().insert(child.id().cast_signed());
+        }
+        STARTING.fetch_sub(1, Ordering::SeqCst);
+        let child = match spawned {
             Ok(child) => child,
             Err(e) => {
-                drop(known);
                 let program = command.get_program().display();
                 let e = io::Error::new(e.kind(), format!("{program}: {e}"));
                 // Nobody waits for a host any more: then nobody needs to know either.
@@ -160,16 +174,13 @@ fn run(todo: &mpsc::Receiver<Job>) {
                 continue;
             }
         };
-        let pid = child.id().cast_signed();
-        known.insert(pid);
-        drop(known);
         // Its copies of the host's ends of socket and pipe go now: while they are open the host's
         // death would not be seen as an end of file.
         drop(command);
         let waited_for = Arc::new(AtomicBool::new(false));
         let (ended, status) = oneshot::channel();
         let process = Process {
-            pid,
+            pid: child.id().cast_signed(),
             waited_for: Arc::clone(&waited_for),
             status,
             how: None,
@@ -183,15 +194,15 @@ fn run(todo: &mpsc::Receiver<Job>) {
 
 /// Waits for the end, then takes the status under the lock: until then the pid stays the host's.
 fn wait(mut child: Child, waited_for: &AtomicBool) -> Option<ExitStatus> {
-    let pid = child.id().cast_signed();
+    let pid = Pid::from_raw(child.id().cast_signed());
     let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
-    while waitid(Id::Pid(Pid::from_raw(pid)), look) == Err(Errno::EINTR) {}
+    while waitid(Id::Pid(pid), look) == Err(Errno::EINTR) {}
     let mut known = hosts();
     // What the vendor's code has left behind in the process group goes with it.
-    end(pid);
+    end_group(pid);
     let status = child.wait().ok();
     waited_for.store(true, Ordering::Relaxed);
-    known.remove(&pid);
+    known.remove(&pid.as_raw());
     status
 }
 

@@ -48,7 +48,10 @@ where
 
 fn answer(source: &dyn Source, request: &Request<Incoming>) -> Response<Full<Bytes>> {
     if request.method() != Method::GET {
-        return plain(StatusCode::METHOD_NOT_ALLOWED, "only GET is served here\n".to_owned());
+        return plain(
+            StatusCode::METHOD_NOT_ALLOWED,
+            "only GET is served here\n".to_owned(),
+        );
     }
     match request.uri().path() {
         "/healthz" => plain(StatusCode::OK, "ok\n".to_owned()),
@@ -61,7 +64,10 @@ fn answer(source: &dyn Source, request: &Request<Incoming>) -> Response<Full<Byt
             "application/json",
             format!("{:#}\n", source.status()),
         ),
-        _ => plain(StatusCode::NOT_FOUND, "paths: /healthz /readyz /status\n".to_owned()),
+        _ => plain(
+            StatusCode::NOT_FOUND,
+            "paths: /healthz /readyz /status\n".to_owned(),
+        ),
     }
 }
 
@@ -72,9 +78,10 @@ fn plain(code: StatusCode, text: String) -> Response<Full<Bytes>> {
 fn respond(code: StatusCode, kind: &'static str, text: String) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::from(text));
     *response.status_mut() = code;
-    response
-        .headers_mut()
-        .insert(http::header::CONTENT_TYPE, http::HeaderValue::from_static(kind));
+    response.headers_mut().insert(
+        http::header::CONTENT_TYPE,
+        http::HeaderValue::from_static(kind),
+    );
     response
 }
 

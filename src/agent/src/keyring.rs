@@ -239,7 +239,12 @@ impl Keyring {
         plaintext: Secret,
         deadline: Instant,
     ) -> Result<(Vec<u8>, String), KeyringError> {
-        let Active { token, key, wrap, key_id } = self.active()?;
+        let Active {
+            token,
+            key,
+            wrap,
+            key_id,
+        } = self.active()?;
         let header = Header {
             wrap,
             key: key.fingerprint.prefix(),
@@ -291,7 +296,12 @@ impl Keyring {
                 )
                 .await;
             match opened {
-                Ok(plaintext) => return Ok(Opened { plaintext, listed: holder.listed }),
+                Ok(plaintext) => {
+                    return Ok(Opened {
+                        plaintext,
+                        listed: holder.listed,
+                    });
+                }
                 Err(error @ TokenError::Down { .. }) => last = Some(error),
                 Err(error) => return Err(error.into()),
             }
@@ -313,7 +323,9 @@ impl Keyring {
 
     /// A real seal and unseal under the active key.
     pub(crate) async fn probe(&self, deadline: Instant) -> Result<(), KeyringError> {
-        let Active { token, key, wrap, .. } = self.active()?;
+        let Active {
+            token, key, wrap, ..
+        } = self.active()?;
         Ok(token.probe(&key, wrap, deadline).await?)
     }
 
@@ -333,7 +345,10 @@ impl Keyring {
             match state {
                 State::Up { description, .. } => {
                     for info in &description.keys {
-                        let listed = self.rules.iter().any(|rule| matches(rule, named, state, info));
+                        let listed = self
+                            .rules
+                            .iter()
+                            .any(|rule| matches(rule, named, state, info));
                         view.holders
                             .entry(info.key.fingerprint.prefix())
                             .or_default()
@@ -419,7 +434,11 @@ impl Keyring {
             state: rule.state.name(),
             epoch: Some(rule.epoch),
             key_id: info.map(|(_, info)| self.key_id(rule, info)),
-            backup: if rule.backup_acknowledged { "acknowledged" } else { "not acknowledged" },
+            backup: if rule.backup_acknowledged {
+                "acknowledged"
+            } else {
+                "not acknowledged"
+            },
             token: info.map(|(named, _)| named.name.clone()),
             mechanism: info.and_then(|(_, info)| mechanism_name(info)),
             problem: match found {
@@ -469,10 +488,14 @@ fn matches(rule: &KeyRule, named: &NamedToken, state: &State, info: &KeyInfo) ->
 fn usable(info: &KeyInfo) -> Result<Wrap, String> {
     let label = &info.key.label;
     if !info.sensitive {
-        return Err(format!("key `{label}` is not CKA_SENSITIVE: its value can be read; generate a new one"));
+        return Err(format!(
+            "key `{label}` is not CKA_SENSITIVE: its value can be read; generate a new one"
+        ));
     }
     if info.extractable {
-        return Err(format!("key `{label}` is CKA_EXTRACTABLE; generate a new one that is not"));
+        return Err(format!(
+            "key `{label}` is CKA_EXTRACTABLE; generate a new one that is not"
+        ));
     }
     if !info.never_extractable {
         return Err(format!(
@@ -489,7 +512,10 @@ fn labels(token: &str, keys: &[KeyInfo]) -> String {
     if keys.is_empty() {
         return format!("token `{token}` holds no AES key");
     }
-    let labels: Vec<_> = keys.iter().map(|info| format!("`{}`", info.key.label)).collect();
+    let labels: Vec<_> = keys
+        .iter()
+        .map(|info| format!("`{}`", info.key.label))
+        .collect();
     format!("token `{token}` holds {}", labels.join(", "))
 }
 

@@ -71,7 +71,12 @@ fn main() -> ExitCode {
     // Before anything is opened: only now do open descriptors tell what was inherited.
     pin::adopt_inherited();
     match Cli::parse().command {
-        Command::Run { config, listen, health_listen, log_format } => {
+        Command::Run {
+            config,
+            listen,
+            health_listen,
+            log_format,
+        } => {
             let health = match health_listen {
                 Some(Endpoint::Path { path, .. }) => Some(run::default_health(path)),
                 Some(Endpoint::Abstract(_)) => {
@@ -87,7 +92,12 @@ fn main() -> ExitCode {
                 }
                 None => None,
             };
-            run::run(run::Settings { config, listen, health, log_format })
+            run::run(run::Settings {
+                config,
+                listen,
+                health,
+                log_format,
+            })
         }
         Command::Check { file } => {
             let (out, err, code) = config::check_command(&file);

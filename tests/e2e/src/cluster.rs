@@ -53,7 +53,10 @@ impl Etcd {
     /// The bytes stored under a key, if there are any, straight from the store.
     pub fn raw(&self, key: &str) -> Result<Option<Vec<u8>>> {
         let answer = self.range(json!({ "key": BASE64.encode(key) }))?;
-        Ok(answer["kvs"][0]["value"].as_str().map(|value| BASE64.decode(value)).transpose()?)
+        Ok(answer["kvs"][0]["value"]
+            .as_str()
+            .map(|value| BASE64.decode(value))
+            .transpose()?)
     }
 
     /// Every value stored under a prefix.
@@ -61,8 +64,11 @@ impl Etcd {
         // The end of a prefix's range is the prefix with its last byte raised.
         let mut end = prefix.as_bytes().to_vec();
         *end.last_mut().context("an empty prefix")? += 1;
-        let answer = self.range(json!({ "key": BASE64.encode(prefix), "range_end": BASE64.encode(&end) }))?;
-        let Some(kvs) = answer["kvs"].as_array() else { return Ok(Vec::new()) };
+        let answer =
+            self.range(json!({ "key": BASE64.encode(prefix), "range_end": BASE64.encode(&end) }))?;
+        let Some(kvs) = answer["kvs"].as_array() else {
+            return Ok(Vec::new());
+        };
         kvs.iter()
             .map(|kv| Ok(BASE64.decode(kv["value"].as_str().context("a key without a value")?)?))
             .collect()
@@ -106,7 +112,11 @@ impl Credentials {
         run_with(Command::new("sh").args(["-c", script]).current_dir(&folder))
             .context("cannot make the cluster's certificates")?;
         for entry in std::fs::read_dir(&folder)? {
-            std::os::unix::fs::chown(entry?.path(), Some(KUBE_APISERVER_UID), Some(KUBE_APISERVER_UID))?;
+            std::os::unix::fs::chown(
+                entry?.path(),
+                Some(KUBE_APISERVER_UID),
+                Some(KUBE_APISERVER_UID),
+            )?;
         }
         Ok(Self { folder })
     }
@@ -136,12 +146,16 @@ impl ApiServer {
         let mut server = Self::launch(bench, etcd, credentials, socket, name)?;
         wait_for("kube-apiserver is ready", Duration::from_secs(90), || {
             server.process.still_runs()?;
-            server.readyz().and_then(|(ready, text)| if ready { Ok(()) } else { bail!("{text}") })
+            server
+                .readyz()
+                .and_then(|(ready, text)| if ready { Ok(()) } else { bail!("{text}") })
         })?;
         // It appears some seconds after /readyz; without it no Secret can be written.
-        wait_for("the namespace `default` exists", Duration::from_secs(60), || {
-            server.get("/api/v1/namespaces/default").map(|_| ())
-        })?;
+        wait_for(
+            "the namespace `default` exists",
+            Duration::from_secs(60),
+            || server.get("/api/v1/namespaces/default").map(|_| ()),
+        )?;
         Ok(server)
     }
 
@@ -217,7 +231,9 @@ resources:
     /// Reads a Secret's value.
     pub fn secret(&self, name: &str) -> Result<String> {
         let secret = self.get(&format!("/api/v1/namespaces/default/secrets/{name}"))?;
-        let value = secret["data"]["password"].as_str().context("the Secret has no password")?;
+        let value = secret["data"]["password"]
+            .as_str()
+            .context("the Secret has no password")?;
         Ok(String::from_utf8(BASE64.decode(value)?)?)
     }
 
@@ -232,13 +248,35 @@ resources:
     fn request(&self, method: &str, path: &str, body: Option<&Value>) -> Result<(u16, String)> {
         let mut command = Command::new("curl");
         command
-            .args(["-sS", "--max-time", "15", "-X", method, "-w", "\n%{http_code}"])
-            .args(["--cacert", &self.ca, "--cert", &self.admin[0], "--key", &self.admin[1]]);
+            .args([
+                "-sS",
+                "--max-time",
+                "15",
+                "-X",
+                method,
+                "-w",
+                "\n%{http_code}",
+            ])
+            .args([
+                "--cacert",
+                &self.ca,
+                "--cert",
+                &self.admin[0],
+                "--key",
+                &self.admin[1],
+            ]);
         if let Some(body) = body {
-            command.args(["-H", "Content-Type: application/json", "-d", &body.to_string()]);
+            command.args([
+                "-H",
+                "Content-Type: application/json",
+                "-d",
+                &body.to_string(),
+            ]);
         }
         let answer = run_with(command.arg(format!("{}{path}", self.url)))?;
-        let (text, code) = answer.rsplit_once('\n').context("curl wrote no status code")?;
+        let (text, code) = answer
+            .rsplit_once('\n')
+            .context("curl wrote no status code")?;
         Ok((code.parse()?, text.to_owned()))
     }
 

@@ -88,7 +88,11 @@ impl Daemon {
     pub fn start_as_pid_1(bench: &Workbench) -> Result<Self> {
         let hsmd = part("HSMD")?.display().to_string();
         let arguments = ["--pid", "--fork", "--kill-child", "--mount-proc", &hsmd];
-        Self::start_by(bench, "unshare".into(), arguments.map(str::to_owned).to_vec())
+        Self::start_by(
+            bench,
+            "unshare".into(),
+            arguments.map(str::to_owned).to_vec(),
+        )
     }
 
     fn start_by(bench: &Workbench, program: PathBuf, mut arguments: Vec<String>) -> Result<Self> {
@@ -103,7 +107,11 @@ impl Daemon {
             format!("--health-listen=unix://{}", health.display()),
         ]);
         let process = bench.start("hsmd", &program, &arguments)?;
-        Ok(Self { process, health, socket })
+        Ok(Self {
+            process,
+            health,
+            socket,
+        })
     }
 
     /// Waits until `/readyz` is green.
@@ -122,11 +130,19 @@ impl Daemon {
         let answer = run(
             "curl",
             &[
-                "-sS", "--max-time", "5", "--unix-socket", &self.health.to_string_lossy(),
-                "-w", "\n%{http_code}", "http://hsmd/readyz",
+                "-sS",
+                "--max-time",
+                "5",
+                "--unix-socket",
+                &self.health.to_string_lossy(),
+                "-w",
+                "\n%{http_code}",
+                "http://hsmd/readyz",
             ],
         )?;
-        let (text, code) = answer.rsplit_once('\n').context("curl wrote no status code")?;
+        let (text, code) = answer
+            .rsplit_once('\n')
+            .context("curl wrote no status code")?;
         Ok((code.parse()?, text.to_owned()))
     }
 
@@ -134,7 +150,14 @@ impl Daemon {
     pub fn status(&self) -> Result<Value> {
         let text = run(
             "curl",
-            &["-sS", "--max-time", "5", "--unix-socket", &self.health.to_string_lossy(), "http://hsmd/status"],
+            &[
+                "-sS",
+                "--max-time",
+                "5",
+                "--unix-socket",
+                &self.health.to_string_lossy(),
+                "http://hsmd/status",
+            ],
         )?;
         serde_json::from_str(&text).context("the status page is not JSON")
     }
@@ -147,13 +170,18 @@ impl Daemon {
                 .as_u64()
                 .with_context(|| format!("the status page has no counter {name}"))
         };
-        Ok(Counts { encrypt: read("encrypt_ok")?, decrypt: read("decrypt_ok")? })
+        Ok(Counts {
+            encrypt: read("encrypt_ok")?,
+            decrypt: read("decrypt_ok")?,
+        })
     }
 
     /// Pid of the module host.
     pub fn host_pid(&self) -> Result<i32> {
         let status = self.status()?;
-        let pid = status["tokens"][0]["host_pid"].as_i64().context("the token has no host")?;
+        let pid = status["tokens"][0]["host_pid"]
+            .as_i64()
+            .context("the token has no host")?;
         Ok(i32::try_from(pid)?)
     }
 
@@ -175,17 +203,33 @@ impl Daemon {
         std::os::unix::fs::chown(&body, Some(crate::KUBE_APISERVER_UID), None)?;
         let answer = bench.write(&format!("{name}.answer"), "", crate::KUBE_APISERVER_UID)?;
         let arguments = [
-            "-sS", "--max-time", "10", "--http2-prior-knowledge", "-D", "-", "-o", &answer.to_string_lossy(),
-            "--unix-socket", &self.socket.to_string_lossy(),
-            "-H", "content-type: application/grpc", "-H", "te: trailers", "-H", "grpc-timeout: 10S",
-            "--data-binary", &format!("@{}", body.display()),
+            "-sS",
+            "--max-time",
+            "10",
+            "--http2-prior-knowledge",
+            "-D",
+            "-",
+            "-o",
+            &answer.to_string_lossy(),
+            "--unix-socket",
+            &self.socket.to_string_lossy(),
+            "-H",
+            "content-type: application/grpc",
+            "-H",
+            "te: trailers",
+            "-H",
+            "grpc-timeout: 10S",
+            "--data-binary",
+            &format!("@{}", body.display()),
             &format!("http://localhost/v2.KeyManagementService/{method}"),
         ]
         .map(str::to_owned);
         let mut curl = bench.start_in_pod(&name, "curl".as_ref(), &arguments)?;
-        wait_for("curl ends", Duration::from_secs(15), || match curl.still_runs() {
-            Ok(()) => bail!("it runs"),
-            Err(_) => Ok(()),
+        wait_for("curl ends", Duration::from_secs(15), || {
+            match curl.still_runs() {
+                Ok(()) => bail!("it runs"),
+                Err(_) => Ok(()),
+            }
         })?;
         let headers = curl.log();
         let value = |name: &str| {

@@ -32,7 +32,9 @@ pub const HOST_UID: u32 = 64500;
 pub fn part(variable: &str) -> Result<PathBuf> {
     let path = std::env::var_os(variable)
         .map(PathBuf::from)
-        .with_context(|| format!("{variable} is not set; run this through hack/test or hack/demo"))?;
+        .with_context(|| {
+            format!("{variable} is not set; run this through hack/test or hack/demo")
+        })?;
     if !path.is_file() {
         bail!("{variable} names {}, which does not exist", path.display());
     }

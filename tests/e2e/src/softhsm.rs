@@ -35,13 +35,28 @@ impl SoftHsm {
         let conf = bench.path().join("softhsm2.conf");
         fs::write(
             &conf,
-            format!("directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\n", tokens.display()),
+            format!(
+                "directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\n",
+                tokens.display()
+            ),
         )?;
         let pin = "hsm-demo-pin-1234".to_owned();
         let pin_file = bench.write("pin", &pin, 0)?;
-        let token = Self { folder, conf, pin_file, pin };
+        let token = Self {
+            folder,
+            conf,
+            pin_file,
+            pin,
+        };
         run_with(token.tool("softhsm2-util").args([
-            "--init-token", "--free", "--label", TOKEN, "--so-pin", "so-pin-5678", "--pin", &token.pin,
+            "--init-token",
+            "--free",
+            "--label",
+            TOKEN,
+            "--so-pin",
+            "so-pin-5678",
+            "--pin",
+            &token.pin,
         ]))
         .context("cannot initialise a SoftHSM token")?;
         token.generate_key(KEK, "01")?;
@@ -51,8 +66,21 @@ impl SoftHsm {
     /// Generates another key on the token.
     pub fn generate_key(&self, label: &str, id: &str) -> Result<()> {
         run_with(self.tool("pkcs11-tool").args([
-            "--module", MODULE, "--token-label", TOKEN, "--login", "--pin", &self.pin,
-            "--keygen", "--key-type", "AES:32", "--label", label, "--id", id, "--sensitive",
+            "--module",
+            MODULE,
+            "--token-label",
+            TOKEN,
+            "--login",
+            "--pin",
+            &self.pin,
+            "--keygen",
+            "--key-type",
+            "AES:32",
+            "--label",
+            label,
+            "--id",
+            id,
+            "--sensitive",
         ]))
         .with_context(|| format!("cannot generate {label}"))?;
         self.give_to_host(&self.tokens())

@@ -22,7 +22,9 @@ const OLD_VALUE: &str = "correct horse battery staple";
 pub fn play(bench: &Workbench) -> Result<()> {
     title("A token, a key in it, and the daemon");
     let token = SoftHsm::create(bench)?;
-    say(&format!("SoftHSM token `{TOKEN}` holds `{KEK}`: AES-256, sensitive, never extractable"));
+    say(&format!(
+        "SoftHSM token `{TOKEN}` holds `{KEK}`: AES-256, sensitive, never extractable"
+    ));
     configuration(bench, &token)?;
     let mut daemon = Daemon::start(bench)?;
     daemon.wait_ready(Duration::from_secs(15))?;
@@ -37,11 +39,19 @@ pub fn play(bench: &Workbench) -> Result<()> {
     title("A Secret through a real kube-apiserver into a real etcd");
     let etcd = Etcd::start(bench)?;
     let credentials = Credentials::make(bench)?;
-    let mut node = Node { bench, etcd, credentials, servers: 0, seeds: 0 };
+    let mut node = Node {
+        bench,
+        etcd,
+        credentials,
+        servers: 0,
+        seeds: 0,
+    };
     let server = node.fresh_server(&daemon)?;
     server.create_secret(OLD_SECRET, OLD_VALUE)?;
     node.seeds += 1;
-    say(&format!("kube-apiserver wrote the Secret `{OLD_SECRET}` = {OLD_VALUE:?}"));
+    say(&format!(
+        "kube-apiserver wrote the Secret `{OLD_SECRET}` = {OLD_VALUE:?}"
+    ));
     node.show_stored(OLD_SECRET, OLD_VALUE)?;
     drop(server);
 
@@ -49,13 +59,23 @@ pub fn play(bench: &Workbench) -> Result<()> {
     let host = daemon.host_pid()?;
     kill(Pid::from_raw(host), Signal::SIGKILL)?;
     let back = measure(|| {
-        wait_for("another module host serves", Duration::from_secs(15), || {
-            ensure!(daemon.host_pid()? != host, "the killed host is still listed");
-            Ok(())
-        })?;
+        wait_for(
+            "another module host serves",
+            Duration::from_secs(15),
+            || {
+                ensure!(
+                    daemon.host_pid()? != host,
+                    "the killed host is still listed"
+                );
+                Ok(())
+            },
+        )?;
         daemon.wait_ready(Duration::from_secs(15))
     })?;
-    say(&format!("pid {host} killed; the daemon started pid {} and was ready after {back:.1?}", daemon.host_pid()?));
+    say(&format!(
+        "pid {host} killed; the daemon started pid {} and was ready after {back:.1?}",
+        daemon.host_pid()?
+    ));
     let before = daemon.counts()?;
     node.prove(&daemon, before, "after-host-kill")?;
 
@@ -76,15 +96,27 @@ pub fn play(bench: &Workbench) -> Result<()> {
     let server = node.fresh_server(&daemon)?;
     token.take_away()?;
     let red = measure(|| {
-        wait_for("kube-apiserver's /readyz turns red", Duration::from_secs(30), || {
-            let (ready, text) = server.readyz()?;
-            ensure!(!ready && text.contains("[-]kms-providers"), "it is still green");
-            Ok(())
-        })
+        wait_for(
+            "kube-apiserver's /readyz turns red",
+            Duration::from_secs(30),
+            || {
+                let (ready, text) = server.readyz()?;
+                ensure!(
+                    !ready && text.contains("[-]kms-providers"),
+                    "it is still green"
+                );
+                Ok(())
+            },
+        )
     })?;
-    say(&format!("kube-apiserver's /readyz is red after {red:.1?}: [-]kms-providers failed"));
+    say(&format!(
+        "kube-apiserver's /readyz is red after {red:.1?}: [-]kms-providers failed"
+    ));
     let (code, reason) = daemon.readyz()?;
-    ensure!(code == 503, "hsmd's own /readyz answers {code} without a token");
+    ensure!(
+        code == 503,
+        "hsmd's own /readyz answers {code} without a token"
+    );
     say(&format!("hsmd's /readyz is {code}: {}", reason.trim()));
     token.bring_back()?;
     let back = measure(|| daemon.wait_ready(Duration::from_secs(15)))?;
@@ -110,11 +142,20 @@ impl Node<'_> {
         let name = format!("kube-apiserver-{}", self.servers);
         let mut server = None;
         let took = measure(|| {
-            server = Some(ApiServer::start(self.bench, &self.etcd, &self.credentials, &daemon.socket, &name)?);
+            server = Some(ApiServer::start(
+                self.bench,
+                &self.etcd,
+                &self.credentials,
+                &daemon.socket,
+                &name,
+            )?);
             Ok(())
         })?;
         let mut server = server.context("measure ran")?;
-        say(&format!("fresh kube-apiserver (pid {}) is ready after {took:.1?}", server.process().pid()));
+        say(&format!(
+            "fresh kube-apiserver (pid {}) is ready after {took:.1?}",
+            server.process().pid()
+        ));
         Ok(server)
     }
 
@@ -127,11 +168,17 @@ impl Node<'_> {
         say(&format!("it reads `{OLD_SECRET}` = {value:?}"));
         let new_value = format!("value of {name}");
         server.create_secret(name, &new_value)?;
-        ensure!(server.secret(name)? == new_value, "the new Secret does not read back");
+        ensure!(
+            server.secret(name)? == new_value,
+            "the new Secret does not read back"
+        );
         say(&format!("it writes `{name}`"));
         self.show_stored(name, &new_value)?;
         let after = daemon.counts()?;
-        let (encrypts, decrypts) = (after.encrypt - before.encrypt, after.decrypt - before.decrypt);
+        let (encrypts, decrypts) = (
+            after.encrypt - before.encrypt,
+            after.decrypt - before.decrypt,
+        );
         say(&format!(
             "hsmd did {encrypts} Encrypt (expected 1: the server's own seed) and {decrypts} Decrypt (expected {}: one for each seed in etcd)",
             self.seeds
@@ -145,15 +192,23 @@ impl Node<'_> {
 
     fn show_stored(&self, name: &str, clear: &str) -> Result<()> {
         let key = format!("/registry/secrets/default/{name}");
-        let stored = self.etcd.raw(&key)?.with_context(|| format!("etcd has nothing under {key}"))?;
+        let stored = self
+            .etcd
+            .raw(&key)?
+            .with_context(|| format!("etcd has nothing under {key}"))?;
         ensure!(
             stored.starts_with(STORED_PREFIX.as_bytes()),
             "{key} does not begin with {STORED_PREFIX}"
         );
-        let contains = stored.windows(clear.len()).any(|window| window == clear.as_bytes());
+        let contains = stored
+            .windows(clear.len())
+            .any(|window| window == clear.as_bytes());
         ensure!(!contains, "the clear text is in etcd under {key}");
         say(&format!("etcd {key} ({} bytes):", stored.len()));
-        say(&format!("   {}…", printable(&stored[..stored.len().min(96)])));
+        say(&format!(
+            "   {}…",
+            printable(&stored[..stored.len().min(96)])
+        ));
         say(&format!("begins with {STORED_PREFIX}, clear text absent"));
         Ok(())
     }
@@ -162,7 +217,13 @@ impl Node<'_> {
 fn printable(bytes: &[u8]) -> String {
     bytes
         .iter()
-        .map(|byte| if (0x20..0x7f).contains(byte) { *byte as char } else { '·' })
+        .map(|byte| {
+            if (0x20..0x7f).contains(byte) {
+                *byte as char
+            } else {
+                '·'
+            }
+        })
         .collect()
 }
 

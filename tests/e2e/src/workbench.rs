@@ -52,7 +52,10 @@ impl Workbench {
         // Three users work in it: ours, hsm-token's and kube-apiserver's.
         fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755))?;
         let pod = Pod::make()?;
-        TO_KILL.lock().expect("no panic holds it").push(pod.cgroup.clone());
+        TO_KILL
+            .lock()
+            .expect("no panic holds it")
+            .push(pod.cgroup.clone());
         TO_REMOVE
             .lock()
             .expect("no panic holds it")
@@ -111,7 +114,10 @@ impl Workbench {
     /// Starts a program as root.
     pub fn start(&self, name: &str, program: &Path, args: &[String]) -> Result<Process> {
         let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL"]).arg(program).args(args);
+        command
+            .args(["--pdeathsig", "KILL"])
+            .arg(program)
+            .args(args);
         self.spawn(name, command)
     }
 
@@ -131,14 +137,21 @@ impl Workbench {
 
     fn spawn(&self, name: &str, mut command: Command) -> Result<Process> {
         let log = self.path().join(format!("{name}.log"));
-        let file = fs::OpenOptions::new().create(true).append(true).open(&log)?;
+        let file = fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&log)?;
         let child = command
             .stdin(Stdio::null())
             .stdout(file.try_clone()?)
             .stderr(file)
             .spawn()
             .with_context(|| format!("cannot start {name}"))?;
-        Ok(Process { name: name.to_owned(), child, log })
+        Ok(Process {
+            name: name.to_owned(),
+            child,
+            log,
+        })
     }
 
     /// Keeps the folder for a look, and says where it is.
@@ -173,14 +186,22 @@ impl Process {
             std::thread::sleep(Duration::from_millis(20));
         }
         self.kill();
-        bail!("{} did not end within {} s of SIGTERM", self.name, limit.as_secs())
+        bail!(
+            "{} did not end within {} s of SIGTERM",
+            self.name,
+            limit.as_secs()
+        )
     }
 
     /// An error with the end of its log, if it has ended.
     pub fn still_runs(&mut self) -> Result<()> {
         match self.child.try_wait()? {
             None => Ok(()),
-            Some(status) => bail!("{} ended ({status}); its log ends:\n{}", self.name, self.log_end(15)),
+            Some(status) => bail!(
+                "{} ended ({status}); its log ends:\n{}",
+                self.name,
+                self.log_end(15)
+            ),
         }
     }
 
@@ -207,11 +228,15 @@ impl Pod {
     fn make() -> Result<Self> {
         // A static pod's UID is an MD5 in hex: 32 digits, no dashes.
         let uid = random_hex(16)?;
-        let top = cgroup2_root()?.join("kubepods/burstable").join(format!("pod{uid}"));
+        let top = cgroup2_root()?
+            .join("kubepods/burstable")
+            .join(format!("pod{uid}"));
         let cgroup = top.join("kube-apiserver");
         fs::create_dir_all(&cgroup)
             .with_context(|| format!("cannot make the cgroup {}", cgroup.display()))?;
-        let log = PathBuf::from(format!("/var/log/pods/kube-system_kube-apiserver-node_{uid}"));
+        let log = PathBuf::from(format!(
+            "/var/log/pods/kube-system_kube-apiserver-node_{uid}"
+        ));
         fs::create_dir_all(&log)?;
         Ok(Self { cgroup, top, log })
     }
@@ -225,7 +250,11 @@ impl Drop for Pod {
         let _ = self.log.parent().map(fs::remove_dir);
         // kubepods and burstable may be another run's too; rmdir leaves what is not empty.
         let parents = [Some(&*self.cgroup), Some(&*self.top), self.top.parent()];
-        for cgroup in parents.into_iter().flatten().chain(self.top.parent().and_then(Path::parent)) {
+        for cgroup in parents
+            .into_iter()
+            .flatten()
+            .chain(self.top.parent().and_then(Path::parent))
+        {
             let _ = fs::remove_dir(cgroup);
         }
     }

@@ -18,7 +18,10 @@ const CONFIG: &str = "hsmd.yaml";
 fn readyz_says(daemon: &Daemon, wanted: &str) -> Result<()> {
     wait_for(&format!("/readyz says {wanted:?}"), SOON, || {
         let (code, text) = daemon.readyz()?;
-        ensure!(code == 503 && text.contains(wanted), "/readyz is {code}: {text}");
+        ensure!(
+            code == 503 && text.contains(wanted),
+            "/readyz is {code}: {text}"
+        );
         Ok(())
     })
 }
@@ -27,20 +30,27 @@ fn readyz_says(daemon: &Daemon, wanted: &str) -> Result<()> {
 fn edit(bench: &Workbench, from: &str, to: &str) -> Result<()> {
     let path = bench.path().join(CONFIG);
     let text = fs::read_to_string(&path)?;
-    ensure!(text.contains(from), "the configuration does not contain {from:?}");
+    ensure!(
+        text.contains(from),
+        "the configuration does not contain {from:?}"
+    );
     bench.write("edited", &text.replacen(from, to, 1), 0)?;
     fs::rename(bench.path().join("edited"), path)?;
     Ok(())
 }
 
 #[test]
-fn without_a_configuration_it_answers_that_it_is_unconfigured_and_takes_one_that_appears() -> Result<()> {
+fn without_a_configuration_it_answers_that_it_is_unconfigured_and_takes_one_that_appears()
+-> Result<()> {
     let bench = Workbench::open()?;
     let token = SoftHsm::create(&bench)?;
     let mut daemon = Daemon::start(&bench)?;
     readyz_says(&daemon, "unconfigured")?;
     let status = daemon.call(&bench, "Status", &[])?;
-    ensure!(status.code == Some(14) && status.message.contains("unconfigured"), "Status answers {status:?}");
+    ensure!(
+        status.code == Some(14) && status.message.contains("unconfigured"),
+        "Status answers {status:?}"
+    );
 
     configuration(&bench, &token)?;
     daemon.wait_ready(SOON)?;
@@ -62,8 +72,13 @@ fn a_broken_configuration_is_named_with_its_line_and_a_mended_one_is_taken() -> 
     readyz_says(&daemon, "the configuration is broken")?;
     let status = daemon.status()?;
     ensure!(status["configuration"]["state"] == "broken", "{status}");
-    let rejected = status["configuration"]["rejected"].as_str().unwrap_or_default();
-    ensure!(rejected.contains("keyss") && rejected.contains("`keys`"), "{rejected}");
+    let rejected = status["configuration"]["rejected"]
+        .as_str()
+        .unwrap_or_default();
+    ensure!(
+        rejected.contains("keyss") && rejected.contains("`keys`"),
+        "{rejected}"
+    );
 
     edit(&bench, "  keyss:", "  keys:")?;
     daemon.wait_ready(SOON)?;
@@ -72,12 +87,21 @@ fn a_broken_configuration_is_named_with_its_line_and_a_mended_one_is_taken() -> 
     edit(&bench, "epoch: 1", "epoch: one")?;
     wait_for("the status page tells of the rejected file", SOON, || {
         let status = daemon.status()?;
-        ensure!(status["configuration"]["rejected"].is_string(), "nothing was rejected");
-        ensure!(status["configuration"]["state"] == "loaded", "the old one is gone");
+        ensure!(
+            status["configuration"]["rejected"].is_string(),
+            "nothing was rejected"
+        );
+        ensure!(
+            status["configuration"]["state"] == "loaded",
+            "the old one is gone"
+        );
         Ok(())
     })?;
     daemon.wait_ready(SOON)?;
-    ensure!(daemon.process().log().contains("the old one stays"), "the log does not tell");
+    ensure!(
+        daemon.process().log().contains("the old one stays"),
+        "the log does not tell"
+    );
     Ok(())
 }
 
@@ -94,11 +118,19 @@ fn a_step_that_would_strand_secrets_is_refused_and_the_old_configuration_stays()
     edit(&bench, "object=k8s-secrets-kek", "object=second")?;
     wait_for("the illegal step is told of", SOON, || {
         let status = daemon.status()?;
-        let why = status["configuration"]["rejected"].as_str().context("nothing was rejected")?;
-        ensure!(why.contains("epoch 1"), "rejected for another reason: {why}");
+        let why = status["configuration"]["rejected"]
+            .as_str()
+            .context("nothing was rejected")?;
+        ensure!(
+            why.contains("epoch 1"),
+            "rejected for another reason: {why}"
+        );
         Ok(())
     })?;
-    ensure!(daemon.status()?["kms"]["key_id"] == key_id, "the key changed");
+    ensure!(
+        daemon.status()?["kms"]["key_id"] == key_id,
+        "the key changed"
+    );
     daemon.wait_ready(SOON)
 }
 
@@ -195,15 +227,19 @@ fn sigterm_lets_a_call_under_way_be_answered_and_ends_within_five_seconds() -> R
         kill(Pid::from_raw(daemon.pid()), Signal::SIGTERM)?;
         std::thread::sleep(Duration::from_millis(500));
         signal_all(&hosts, Signal::SIGCONT)?;
-        let Ok(answer) = call.join() else { bail!("the caller panicked") };
+        let Ok(answer) = call.join() else {
+            bail!("the caller panicked")
+        };
         let answer = answer?;
         let envelope = answer.body.windows(4).any(|bytes| bytes == b"THSM");
         ensure!(envelope, "the call under way was answered {answer:?}");
         Ok(())
     })?;
-    wait_for("hsmd has ended", Duration::from_secs(5), || match daemon.process().still_runs() {
-        Err(_) => Ok(()),
-        Ok(()) => bail!("it runs"),
+    wait_for("hsmd has ended", Duration::from_secs(5), || {
+        match daemon.process().still_runs() {
+            Err(_) => Ok(()),
+            Ok(()) => bail!("it runs"),
+        }
     })
 }
 
@@ -214,9 +250,22 @@ fn as_pid_1_it_reaps_orphans() -> Result<()> {
     configuration(&bench, &token)?;
     let mut daemon = Daemon::start_as_pid_1(&bench)?;
     daemon.wait_ready(SOON)?;
-    let init = *family(daemon.pid())?.get(1).context("unshare has no child")?;
+    let init = *family(daemon.pid())?
+        .get(1)
+        .context("unshare has no child")?;
     // A child of a shell that is gone: an orphan of the namespace's PID 1.
-    run("nsenter", &["-t", &init.to_string(), "-p", "-m", "sh", "-c", "sleep 0.3 & exit 0"])?;
+    run(
+        "nsenter",
+        &[
+            "-t",
+            &init.to_string(),
+            "-p",
+            "-m",
+            "sh",
+            "-c",
+            "sleep 0.3 & exit 0",
+        ],
+    )?;
     std::thread::sleep(Duration::from_millis(600));
     wait_for("no child of PID 1 is a zombie", SOON, || {
         for pid in family(init)? {
@@ -236,7 +285,10 @@ fn the_pin_appears_in_no_log_no_command_line_and_no_environment() -> Result<()> 
     let mut daemon = Daemon::start(&bench)?;
     daemon.wait_ready(SOON)?;
     let status = daemon.status()?.to_string();
-    ensure!(!status.contains(token.pin()), "the status page shows the PIN");
+    ensure!(
+        !status.contains(token.pin()),
+        "the status page shows the PIN"
+    );
     for pid in family(daemon.pid())? {
         for file in ["cmdline", "environ"] {
             let path = format!("/proc/{pid}/{file}");
@@ -245,8 +297,14 @@ fn the_pin_appears_in_no_log_no_command_line_and_no_environment() -> Result<()> 
             ensure!(!text.contains(token.pin()), "{path} holds the PIN");
         }
     }
-    ensure!(!daemon.process().log().contains(token.pin()), "the log holds the PIN");
-    ensure!(daemon.process().log().contains(TOKEN) || !daemon.process().log().is_empty(), "there is no log");
+    ensure!(
+        !daemon.process().log().contains(token.pin()),
+        "the log holds the PIN"
+    );
+    ensure!(
+        daemon.process().log().contains(TOKEN) || !daemon.process().log().is_empty(),
+        "there is no log"
+    );
     Ok(())
 }
 
@@ -256,15 +314,23 @@ fn family(pid: i32) -> Result<Vec<i32>> {
     let mut next = 0;
     while let Some(pid) = pids.get(next).copied() {
         next += 1;
-        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+        let children =
+            fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
         // Children are listed by the thread that made them.
         let mut all = children;
-        for thread in fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
+        for thread in fs::read_dir(format!("/proc/{pid}/task"))
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
             if thread.file_name().to_string_lossy() != pid.to_string() {
                 all += &fs::read_to_string(thread.path().join("children")).unwrap_or_default();
             }
         }
-        pids.extend(all.split_whitespace().filter_map(|pid| pid.parse::<i32>().ok()));
+        pids.extend(
+            all.split_whitespace()
+                .filter_map(|pid| pid.parse::<i32>().ok()),
+        );
     }
     Ok(pids)
 }

@@ -17,7 +17,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 #[test]
-fn secrets_are_sealed_in_etcd_and_survive_a_killed_host_a_killed_daemon_and_a_lost_token() -> Result<()> {
+fn secrets_are_sealed_in_etcd_and_survive_a_killed_host_a_killed_daemon_and_a_lost_token()
+-> Result<()> {
     story::play(&Workbench::open()?)
 }
 
@@ -38,15 +39,23 @@ fn every_secret_that_was_accepted_under_kills_is_read_back_by_a_fresh_server() -
     let accepted = Mutex::new(Vec::new());
     let number = AtomicU32::new(0);
     for round in 0..ROUNDS {
-        let server =
-            ApiServer::start(&bench, &etcd, &credentials, &socket, &format!("loaded-{round}"))?;
+        let server = ApiServer::start(
+            &bench,
+            &etcd,
+            &credentials,
+            &socket,
+            &format!("loaded-{round}"),
+        )?;
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| -> Result<()> {
             for _ in 0..3 {
                 scope.spawn(|| {
                     while !stop.load(Ordering::Relaxed) {
                         let n = number.fetch_add(1, Ordering::Relaxed);
-                        if server.create_secret(&format!("load-{n}"), &value(n)).is_ok() {
+                        if server
+                            .create_secret(&format!("load-{n}"), &value(n))
+                            .is_ok()
+                        {
                             accepted.lock().unwrap().push(n);
                         }
                     }
@@ -60,7 +69,11 @@ fn every_secret_that_was_accepted_under_kills_is_read_back_by_a_fresh_server() -
     }
 
     let accepted = accepted.into_inner()?;
-    ensure!(accepted.len() > 50, "only {} Secrets were accepted: that was no load", accepted.len());
+    ensure!(
+        accepted.len() > 50,
+        "only {} Secrets were accepted: that was no load",
+        accepted.len()
+    );
     let fresh = ApiServer::start(&bench, &etcd, &credentials, &socket, "fresh")?;
     let before = daemon.counts()?;
     for n in &accepted {
@@ -68,9 +81,16 @@ fn every_secret_that_was_accepted_under_kills_is_read_back_by_a_fresh_server() -
         ensure!(read == value(*n), "load-{n} reads as {read:?}");
     }
     let stored = etcd.values("/registry/secrets/default/load-")?;
-    ensure!(stored.len() >= accepted.len(), "etcd holds {} of {}", stored.len(), accepted.len());
     ensure!(
-        stored.iter().all(|value| value.starts_with(STORED_PREFIX.as_bytes())),
+        stored.len() >= accepted.len(),
+        "etcd holds {} of {}",
+        stored.len(),
+        accepted.len()
+    );
+    ensure!(
+        stored
+            .iter()
+            .all(|value| value.starts_with(STORED_PREFIX.as_bytes())),
         "a Secret is in etcd without being sealed"
     );
     println!(
@@ -108,7 +128,13 @@ fn an_orderly_restart_of_the_daemon_is_not_seen_by_a_running_server() -> Result<
     daemon.wait_ready(Duration::from_secs(15))?;
     let etcd = Etcd::start(&bench)?;
     let credentials = Credentials::make(&bench)?;
-    let server = ApiServer::start(&bench, &etcd, &credentials, &daemon.socket, "kube-apiserver")?;
+    let server = ApiServer::start(
+        &bench,
+        &etcd,
+        &credentials,
+        &daemon.socket,
+        "kube-apiserver",
+    )?;
 
     let took = daemon.process().terminate(Duration::from_secs(5))?;
     daemon = Daemon::start(&bench)?;
@@ -123,7 +149,10 @@ fn an_orderly_restart_of_the_daemon_is_not_seen_by_a_running_server() -> Result<
     server.create_secret("after-restart", "x")?;
     println!("SIGTERM to exit took {took:?}");
     ensure!(
-        daemon.status()?["kms"]["counters"]["status"].as_u64().unwrap_or(0) > 0,
+        daemon.status()?["kms"]["counters"]["status"]
+            .as_u64()
+            .unwrap_or(0)
+            > 0,
         "the new daemon was never asked"
     );
     Ok(())

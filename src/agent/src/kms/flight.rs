@@ -58,7 +58,10 @@ where
         }
         let (tell, answer) = watch::channel(None);
         flights.insert(key.clone(), answer.clone());
-        let landing = Landing { flights: Arc::clone(&self.0), key };
+        let landing = Landing {
+            flights: Arc::clone(&self.0),
+            key,
+        };
         let operation = start();
         tokio::spawn(async move {
             let value = operation.await;

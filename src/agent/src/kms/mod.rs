@@ -45,7 +45,10 @@ pub(crate) enum WhenLost {
 enum Plane {
     /// No configuration, or a broken one: why.
     Unready(String),
-    Ready { keyring: Arc<Keyring>, when_lost: WhenLost },
+    Ready {
+        keyring: Arc<Keyring>,
+        when_lost: WhenLost,
+    },
 }
 
 /// Health as Status, readiness and the status page show it: one answer for all.
@@ -172,7 +175,10 @@ impl Face {
     /// Health now. Touches no HSM.
     pub(crate) fn health(&self) -> Health {
         let outcome = self.judge();
-        let mut last = self.last_health.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut last = self
+            .last_health
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if last.outcome != outcome {
             match (&last.outcome, &outcome) {
                 (Err(_), Ok(())) => tracing::info!("KMS is ready"),
@@ -188,7 +194,9 @@ impl Face {
     }
 
     fn judge(&self) -> Result<(), String> {
-        self.keyring()?.active().map_err(|error| error.to_string())?;
+        self.keyring()?
+            .active()
+            .map_err(|error| error.to_string())?;
         self.pulse().verdict()
     }
 

@@ -87,7 +87,13 @@ where
 {
     Grpc::new(KmsCodec::<I, O>::default())
         .max_decoding_message_size(MAX_REQUEST_LEN)
-        .unary(Method { face: Arc::clone(face), method }, request)
+        .unary(
+            Method {
+                face: Arc::clone(face),
+                method,
+            },
+            request,
+        )
         .await
 }
 
@@ -155,11 +161,7 @@ fn parse_timeout(text: &str) -> Option<Duration> {
     })
 }
 
-async fn status(
-    face: Arc<Face>,
-    _: StatusRequest,
-    _: Instant,
-) -> Result<StatusResponse, Status> {
+async fn status(face: Arc<Face>, _: StatusRequest, _: Instant) -> Result<StatusResponse, Status> {
     count(&face.counters.status);
     let active = face
         .keyring()
@@ -171,9 +173,15 @@ async fn status(
         }),
         (outcome, active) => {
             let reason = outcome.err().or(active.err()).unwrap_or_default();
-            let last = face.keyring().ok().and_then(|keyring| keyring.last_key_id());
+            let last = face
+                .keyring()
+                .ok()
+                .and_then(|keyring| keyring.last_key_id());
             match (face.when_lost(), last) {
-                (WhenLost::Coast, Some(key_id)) => Ok(StatusResponse { healthz: reason, key_id }),
+                (WhenLost::Coast, Some(key_id)) => Ok(StatusResponse {
+                    healthz: reason,
+                    key_id,
+                }),
                 _ => Err(Status::unavailable(reason)),
             }
         }
@@ -220,7 +228,12 @@ async fn decrypt(
     request: DecryptRequest,
     deadline: Instant,
 ) -> Result<DecryptResponse, Status> {
-    let DecryptRequest { ciphertext, uid, key_id, annotations } = request;
+    let DecryptRequest {
+        ciphertext,
+        uid,
+        key_id,
+        annotations,
+    } = request;
     let opened = async {
         if annotations {
             return Err(Status::invalid_argument(

@@ -27,7 +27,7 @@ use crate::config::{self, Config, plan};
 use crate::health;
 use crate::kms::{self, Face};
 use crate::listen::{self, Endpoint, Listener};
-use crate::peer::{Complaints, Rules};
+use crate::peer::Rules;
 use crate::reload::{Change, Watch};
 use crate::telemetry::{self, LogFormat};
 use page::Page;
@@ -117,7 +117,16 @@ impl Daemon {
             complaints: Arc::default(),
         });
         let health = HealthSocket::closed(Arc::clone(&page));
-        Ok(Self { settings, face, rules, page, sockets, health, setup: None, last: None })
+        Ok(Self {
+            settings,
+            face,
+            rules,
+            page,
+            sockets,
+            health,
+            setup: None,
+            last: None,
+        })
     }
 
     async fn serve(mut self) -> io::Result<()> {
@@ -170,11 +179,17 @@ impl Daemon {
             return self.reject(&crate::report::chain(&illegal, Some(&illegal.hint())));
         }
         *self.rules.write().unwrap_or_else(PoisonError::into_inner) = config.kms.peers.clone();
-        let listen = config.kms.listen.clone().unwrap_or_else(|| self.settings.listen.clone());
+        let listen = config
+            .kms
+            .listen
+            .clone()
+            .unwrap_or_else(|| self.settings.listen.clone());
         self.sockets.set(&listen).await;
         self.page.set_sockets(self.sockets.states());
-        self.health.set(self.health_endpoint(config.health_listen.clone())).await;
-        self.setup = Some(Setup::apply(self.setup.take(), config.clone(), &self.face).await);
+        self.health
+            .set(self.health_endpoint(config.health_listen.clone()))
+            .await;
+        self.setup = Some(Setup::apply(self.setup.take(), &config, &self.face).await);
         self.last = Some(config);
         self.page.taken();
         tracing::info!(file = %self.settings.config.display(), "configuration taken");
@@ -183,16 +198,23 @@ impl Daemon {
     fn reject(&mut self, report: &str) {
         let first = report.lines().next().unwrap_or_default().to_owned();
         if self.setup.is_some() {
-            tracing::error!("the new configuration was not taken, the old one stays: {}", one_line(report));
+            tracing::error!(
+                "the new configuration was not taken, the old one stays: {}",
+                one_line(report)
+            );
         } else {
             tracing::error!("the configuration is broken: {}", one_line(report));
-            self.face.unready(&format!("the configuration is broken: {first}"));
+            self.face
+                .unready(&format!("the configuration is broken: {first}"));
         }
         self.page.rejected(one_line(report));
     }
 
     async fn remove(&mut self) {
-        let why = format!("unconfigured: {} does not exist", self.settings.config.display());
+        let why = format!(
+            "unconfigured: {} does not exist",
+            self.settings.config.display()
+        );
         self.face.unready(&why);
         self.page.removed();
         if let Some(setup) = self.setup.take() {
@@ -247,7 +269,11 @@ impl HealthSocket {
     }
 
     async fn set(&mut self, endpoint: Endpoint) {
-        if self.open.as_ref().is_some_and(|(listener, _)| *listener.endpoint() == endpoint) {
+        if self
+            .open
+            .as_ref()
+            .is_some_and(|(listener, _)| *listener.endpoint() == endpoint)
+        {
             return;
         }
         if let Endpoint::Path { path, .. } = &endpoint

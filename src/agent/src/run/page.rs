@@ -38,11 +38,18 @@ pub(super) struct Page {
 
 impl Page {
     pub(super) fn new(face: Arc<Face>, file: PathBuf) -> Arc<Self> {
-        let configuration = Configuration { file, loaded_at: None, rejected: None };
+        let configuration = Configuration {
+            file,
+            loaded_at: None,
+            rejected: None,
+        };
         Arc::new(Self {
             began: Instant::now(),
             face,
-            parts: Mutex::new(Parts { configuration, sockets: Vec::new() }),
+            parts: Mutex::new(Parts {
+                configuration,
+                sockets: Vec::new(),
+            }),
         })
     }
 
@@ -73,17 +80,26 @@ impl Page {
     /// Not ready while a name that kube-apiserver may call is another's: it would hand them its
     /// seeds, however well our keys do.
     fn why_unready(&self) -> Option<String> {
-        let taken = self.parts().sockets.iter().find_map(|(endpoint, state)| match &*state.borrow() {
-            listen::State::Taken { holder } => Some(format!("{endpoint} is taken: {holder}")),
-            _ => None,
-        });
+        let taken =
+            self.parts()
+                .sockets
+                .iter()
+                .find_map(|(endpoint, state)| match &*state.borrow() {
+                    listen::State::Taken { holder } => {
+                        Some(format!("{endpoint} is taken: {holder}"))
+                    }
+                    _ => None,
+                });
         taken.or_else(|| self.face.health().outcome.err())
     }
 }
 
 impl Source for Page {
     fn unready(&self) -> Vec<String> {
-        self.why_unready().map(|reason| format!("kms: {reason}")).into_iter().collect()
+        self.why_unready()
+            .map(|reason| format!("kms: {reason}"))
+            .into_iter()
+            .collect()
     }
 
     fn status(&self) -> Value {
@@ -136,9 +152,21 @@ fn token(named: &NamedToken) -> Value {
     let stats = named.token.stats();
     let (state, reason, since, host_pid, serial) = match &*named.token.state().borrow() {
         State::Starting => ("starting", None, None, None, None),
-        State::Up { description, host_pid, .. } => ("up", None, None, *host_pid, Some(description.token.serial.clone())),
+        State::Up {
+            description,
+            host_pid,
+            ..
+        } => (
+            "up",
+            None,
+            None,
+            *host_pid,
+            Some(description.token.serial.clone()),
+        ),
         State::Down { reason, since } => ("down", Some(reason.clone()), Some(*since), None, None),
-        State::Latched { reason, since } => ("latched", Some(reason.clone()), Some(*since), None, None),
+        State::Latched { reason, since } => {
+            ("latched", Some(reason.clone()), Some(*since), None, None)
+        }
     };
     json!({
         "name": named.name,

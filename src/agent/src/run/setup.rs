@@ -12,7 +12,6 @@ use crate::kms::Face;
 
 /// A configuration in force.
 pub(super) struct Setup {
-    pub(super) config: Config,
     tokens: Vec<Running>,
 }
 
@@ -26,7 +25,7 @@ struct Running {
 impl Setup {
     /// Starts what the configuration needs and gives the face its keyring. Tokens of `previous` whose
     /// settings are the same go on with their sessions; the others are stopped.
-    pub(super) async fn apply(previous: Option<Self>, config: Config, face: &Arc<Face>) -> Self {
+    pub(super) async fn apply(previous: Option<Self>, config: &Config, face: &Arc<Face>) -> Self {
         let mut old = previous.map(|setup| setup.tokens).unwrap_or_default();
         let mut tokens = Vec::new();
         for settings in &config.tokens {
@@ -47,7 +46,7 @@ impl Setup {
         for running in old {
             running.stop().await;
         }
-        Self { config, tokens }
+        Self { tokens }
     }
 
     /// Stops every token.
@@ -72,8 +71,17 @@ impl Running {
                 face.tokens_changed();
             }
         });
-        let named = NamedToken { name: settings.name.clone(), uri: settings.uri.clone(), token };
-        Self { settings, state_dirs: state_dirs.to_vec(), named, watcher }
+        let named = NamedToken {
+            name: settings.name.clone(),
+            uri: settings.uri.clone(),
+            token,
+        };
+        Self {
+            settings,
+            state_dirs: state_dirs.to_vec(),
+            named,
+            watcher,
+        }
     }
 
     async fn stop(self) {

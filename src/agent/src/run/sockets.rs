@@ -34,14 +34,21 @@ struct Door {
 impl Sockets {
     /// None yet.
     pub(super) fn new(gate: Gate) -> Self {
-        Self { gate, open: Vec::new() }
+        Self {
+            gate,
+            open: Vec::new(),
+        }
     }
 
     /// Makes the open sockets those that are wanted: new ones first, so that there is no moment
     /// without any; then the clients of the others are sent away (GOAWAY) and those closed.
     pub(super) async fn set(&mut self, wanted: &[Endpoint]) {
         for endpoint in wanted {
-            if !self.open.iter().any(|door| door.listener.endpoint() == endpoint) {
+            if !self
+                .open
+                .iter()
+                .any(|door| door.listener.endpoint() == endpoint)
+            {
                 self.open.push(self.gate.open(endpoint.clone()));
             }
         }
@@ -90,10 +97,19 @@ impl Gate {
         let (listener, incoming) = listen::open(endpoint.clone(), &host_proc);
         let (drain, drained) = watch::channel(false);
         let connections = tokio::spawn(self.clone().accept(endpoint, incoming, drained));
-        Door { listener, drain, connections }
+        Door {
+            listener,
+            drain,
+            connections,
+        }
     }
 
-    async fn accept(self, endpoint: Endpoint, mut incoming: Incoming, drained: watch::Receiver<bool>) {
+    async fn accept(
+        self,
+        endpoint: Endpoint,
+        mut incoming: Incoming,
+        drained: watch::Receiver<bool>,
+    ) {
         let mut connections = JoinSet::new();
         loop {
             tokio::select! {
@@ -131,6 +147,9 @@ impl Gate {
     }
 
     fn rules(&self) -> Rules {
-        self.rules.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.rules
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 }

@@ -26,7 +26,10 @@ fn main() -> ExitCode {
 
 fn summary(took: Duration) {
     let dist = std::env::var("HSMD").unwrap_or_default();
-    let dist = Path::new(&dist).parent().unwrap_or(Path::new("target/dist")).display();
+    let dist = Path::new(&dist)
+        .parent()
+        .unwrap_or(Path::new("target/dist"))
+        .display();
     println!(
         "
 == Everything above was seen to work ({:.0} s). Nothing is left running.

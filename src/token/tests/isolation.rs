@@ -8,6 +8,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Mutex;
 
 use hsm_wire::fault::{Fault, FaultKind};
 use hsm_wire::host::Request;
@@ -15,23 +16,33 @@ use support::hostile::{Hostile, module};
 use support::{Host, PATIENCE, SOFTHSM, SoftHsm, Start, open, open_module};
 
 /// A file in one of the daemon's own folders, readable for everybody, for as long as this lives.
-struct Planted(PathBuf);
+struct Planted {
+    path: PathBuf,
+    /// Folders that were made for it, the innermost first.
+    made: Vec<PathBuf>,
+}
 
 impl Planted {
     fn in_folder(folder: &str, name: &str) -> Self {
+        let folder = Path::new(folder);
+        let made = folder
+            .ancestors()
+            .take_while(|folder| !folder.exists())
+            .map(Path::to_owned)
+            .collect();
         fs::create_dir_all(folder).expect("folder");
-        let path = Path::new(folder).join(format!("test-{}-{name}", std::process::id()));
+        let path = folder.join(format!("test-{}-{name}", std::process::id()));
         fs::write(&path, "canary").expect("file");
         fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).expect("mode");
-        Self(path)
+        Self { path, made }
     }
 }
 
 impl Drop for Planted {
     fn drop(&mut self) {
-        let _ = fs::remove_file(&self.0);
-        // Ours only if nobody else put anything there.
-        if let Some(folder) = self.0.parent() {
+        let _ = fs::remove_file(&self.path);
+        // As long as nobody else has put anything there.
+        for folder in &self.made {
             let _ = fs::remove_dir(folder);
         }
     }
@@ -49,8 +60,20 @@ fn findings(hostile: &Hostile) -> HashMap<String, String> {
 
 #[test]
 fn a_module_that_looks_around_finds_nothing_of_the_node() {
+    look_around(None);
+}
+
+#[test]
+fn nor_does_it_where_a_container_runtime_forbids_pivot_root() {
+    look_around(Some(nix::libc::SYS_pivot_root));
+}
+
+fn look_around(forbidden: Option<i64>) {
     let hostile = Hostile::new();
     hostile.rules("load spy\n");
+    // Both tests that look around plant the same files.
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _guard = ONE_AT_A_TIME.lock();
     let pin = Planted::in_folder("/etc/hsm", "pin");
     let latch = Planted::in_folder("/run/hsm", "latch");
     let state = Planted::in_folder("/var/lib/hsm", "latch");
@@ -61,13 +84,14 @@ fn a_module_that_looks_around_finds_nothing_of_the_node() {
     let hidden = [&pin, &latch, &state, &overlay];
     let files: Vec<String> = hidden
         .iter()
-        .map(|planted| planted.0.display().to_string())
+        .map(|planted| planted.path.display().to_string())
         .chain([
-            format!("/proc/1/root{}", pin.0.display()),
+            format!("/proc/1/root{}", pin.path.display()),
             socket.display().to_string(),
         ])
         .collect();
     let mut start = hostile.start();
+    start.forbidden = forbidden;
     start.env.extend([
         ("SPY_DAEMON".to_owned(), std::process::id().to_string()),
         ("SPY_FILES".to_owned(), files.join(":")),
@@ -147,6 +171,22 @@ fn a_module_that_looks_around_finds_nothing_of_the_node() {
     is("Groups", "");
     is("core", "0");
 
+    // The kernel may let anybody make a user namespace; it must uncover nothing.
+    if found["own namespace"] == "ok" {
+        for attempt in ["unmount mask", "unmount /proc", "unmount /"] {
+            is(&format!("inside it {attempt}"), "EINVAL");
+        }
+        is("inside it remount /usr", "EPERM");
+        assert!(
+            !found["inside it root"].contains("var"),
+            "{}",
+            hostile.report()
+        );
+    }
+    for file in &files {
+        is(&format!("inside it open {file}"), "ENOENT");
+    }
+
     // What may be written to, and what may not.
     for attempt in ["write /", "write /etc", "write /dev"] {
         is(attempt, "EROFS");
@@ -167,20 +207,20 @@ fn of_the_daemons_folder_only_what_is_named_is_shown() {
     let mut start = hostile.start();
     start
         .args
-        .extend(["--read-only".to_owned(), named.0.display().to_string()]);
+        .extend(["--read-only".to_owned(), named.path.display().to_string()]);
     start.env.extend([
         (
             "SPY_FILES".to_owned(),
-            format!("{}:{}", named.0.display(), other.0.display()),
+            format!("{}:{}", named.path.display(), other.path.display()),
         ),
-        ("SPY_WRITE".to_owned(), named.0.display().to_string()),
+        ("SPY_WRITE".to_owned(), named.path.display().to_string()),
     ]);
     // Only the mount is in the way.
-    fs::set_permissions(&named.0, fs::Permissions::from_mode(0o666)).expect("mode");
+    fs::set_permissions(&named.path, fs::Permissions::from_mode(0o666)).expect("mode");
     Host::open(&start, hostile.open_request());
     let found = findings(&hostile);
-    assert_eq!(found[&format!("open {}", named.0.display())], "ok");
-    assert_eq!(found[&format!("open {}", other.0.display())], "ENOENT");
+    assert_eq!(found[&format!("open {}", named.path.display())], "ok");
+    assert_eq!(found[&format!("open {}", other.path.display())], "ENOENT");
     assert_eq!(found["write named file"], "EROFS");
 }
 

@@ -15,7 +15,7 @@ use hsm_wire::fault::Fault;
 use nix::libc;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, umask};
-use nix::unistd::{chdir, pivot_root};
+use nix::unistd::{chdir, chroot, pivot_root};
 
 use super::step;
 use super::view::{Access, Bind, View};
@@ -78,8 +78,31 @@ fn pivot() -> Result<(), Fault> {
     chdir(place).map_err(|errno| failed("chdir")(errno.into()))?;
     let old = &HOST[1..];
     fs::create_dir(old).map_err(failed("mkdir"))?;
-    pivot_root(".", old).map_err(|errno| failed("pivot_root")(errno.into()))?;
+    if pivot_root(".", old).is_err() {
+        move_to_root(place)?;
+    }
     chdir("/").map_err(|errno| failed("chdir")(errno.into()))
+}
+
+/// The same without pivot_root(2), which container runtimes' default filter refuses even to
+/// CAP_SYS_ADMIN (containerd's, so on Talos), and the kernel where `/` is the initramfs.
+///
+/// The host's root stays mounted below the new one. No path leads there, and to unmount what covers
+/// it takes a privilege that is given up before any vendor code runs. In a mount namespace that a
+/// module makes for itself, in a user namespace of its own, the kernel locks the mounts it copies.
+fn move_to_root(place: &str) -> Result<(), Fault> {
+    let failed = |function| step(function, "move to a root of its own");
+    let none = None::<&str>;
+    let host = &HOST[1..];
+    let flags = MsFlags::MS_BIND | MsFlags::MS_REC;
+    mount(Some("/"), host, none, flags, none).map_err(|errno| failed("mount")(errno.into()))?;
+    // The copy has the tmpfs as well, over what may have to be shown.
+    let covered = format!("{host}{place}");
+    umount2(covered.as_str(), MntFlags::MNT_DETACH)
+        .map_err(|errno| failed("umount2")(errno.into()))?;
+    mount(Some("."), "/", none, MsFlags::MS_MOVE, none)
+        .map_err(|errno| failed("mount")(errno.into()))?;
+    chroot(".").map_err(|errno| failed("chroot")(errno.into()))
 }
 
 /// `/proc` of our own pid namespace, a few harmless devices, scratch space.

@@ -198,6 +198,41 @@ static void list(const char *what, const char *path) {
     closedir(folder);
 }
 
+static void open_each(const char *how) {
+    char names[2048];
+    snprintf(names, sizeof names, "%s", getenv("SPY_FILES") ? getenv("SPY_FILES") : "");
+    char *rest = NULL;
+    for (char *name = strtok_r(names, ":", &rest); name; name = strtok_r(NULL, ":", &rest)) {
+        int fd = open(name, O_RDONLY | O_CLOEXEC);
+        note("report", "%s %s=%s\n", how, name, fd < 0 ? strerrorname_np(errno) : "ok");
+    }
+}
+
+/* Root in a user namespace of its own may mount and unmount: what does that uncover? */
+static void become_root_in_own_namespace(void) {
+    pid_t child = fork();
+    if (child != 0) {
+        waitpid(child, NULL, 0);
+        return;
+    }
+    long made = unshare(CLONE_NEWUSER | CLONE_NEWNS);
+    tried("own namespace", made);
+    if (made == 0) {
+        tried("inside it unmount mask", umount2("/etc/hsm", MNT_DETACH));
+        tried("inside it unmount /proc", umount2("/proc", MNT_DETACH));
+        tried("inside it unmount /", umount2("/", MNT_DETACH));
+        tried("inside it remount /usr",
+              mount(NULL, "/usr", NULL, MS_REMOUNT | MS_BIND | MS_NOSUID | MS_NODEV, NULL));
+        /* The old way out of a changed root. */
+        if (mkdir("/tmp/out", 0700) == 0 && chroot("/tmp/out") == 0)
+            for (int i = 0; i < 32; i++)
+                if (chdir("..") != 0) break;
+        if (chroot(".") == 0) list("inside it root", ".");
+    }
+    open_each("inside it open");
+    _exit(0);
+}
+
 /* Everything a module may want to do to its host, each with what came of it. */
 static void spy(void) {
     char path[512];
@@ -213,12 +248,7 @@ static void spy(void) {
     note("report", "pid=%d\n", getpid());
     tried("trace parent", ptrace(PTRACE_ATTACH, getppid(), 0, 0));
 
-    char names[2048];
-    snprintf(names, sizeof names, "%s", getenv("SPY_FILES") ? getenv("SPY_FILES") : "");
-    for (char *name = strtok(names, ":"); name; name = strtok(NULL, ":")) {
-        int fd = open(name, O_RDONLY | O_CLOEXEC);
-        note("report", "open %s=%s\n", name, fd < 0 ? strerrorname_np(errno) : "ok");
-    }
+    open_each("open");
     const char *socket_path = getenv("SPY_SOCKET");
     if (socket_path) {
         struct sockaddr_un address = {.sun_family = AF_UNIX};
@@ -256,6 +286,7 @@ static void spy(void) {
             || !strncmp(line, "Gid", 3) || !strncmp(line, "Groups", 6))
             note("report", "%s", line);
     if (status) fclose(status);
+    become_root_in_own_namespace();
     note("report", "end=ok\n");
 }
 

@@ -78,19 +78,21 @@ impl Hostile {
 pub(crate) fn module() -> &'static Path {
     static MODULE: OnceLock<PathBuf> = OnceLock::new();
     MODULE.get_or_init(|| {
-        // Under the temporary folder of the target, which nobody but root can change.
-        let folder =
-            Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("hostile-{}", std::process::id()));
+        // Under the temporary folder of the target, which nobody but root can change. By rename:
+        // another test program may do the same now.
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("hostile");
         fs::create_dir_all(&folder).expect("folder");
+        let new = folder.join(format!("hostile.so.{}", std::process::id()));
         let module = folder.join("hostile.so");
         let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/hostile/module.c");
         let compiled = Command::new("cc")
             .args(["-Wall", "-O1", "-shared", "-fPIC", "-o"])
-            .arg(&module)
+            .arg(&new)
             .args([source, "-ldl"])
             .status()
             .expect("`cc` is missing: apt-get install gcc libc6-dev");
         assert!(compiled.success(), "the hostile module does not compile");
+        fs::rename(&new, &module).expect("rename");
         module
     })
 }

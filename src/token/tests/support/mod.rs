@@ -177,6 +177,8 @@ pub(crate) struct Start {
     pub(crate) loader: Vec<String>,
     pub(crate) args: Vec<String>,
     pub(crate) env: Vec<(String, String)>,
+    /// A system call that fails with EPERM, as a container runtime's filter has it.
+    pub(crate) forbidden: Option<i64>,
 }
 
 impl Start {
@@ -186,6 +188,7 @@ impl Start {
             loader: Vec::new(),
             args: vec!["--no-isolation".to_owned()],
             env,
+            forbidden: None,
         }
     }
 
@@ -213,6 +216,47 @@ impl Start {
     pub(crate) fn for_token(token: &SoftHsm) -> Self {
         Self::isolated(token.env(), &[&token.conf()], &[&token.tokens()])
     }
+}
+
+/// Installs a seccomp filter that refuses one system call and allows all others.
+fn forbid(syscall: i64) -> std::io::Result<()> {
+    use nix::libc::{self, sock_filter, sock_fprog};
+    const ALLOW: u32 = libc::SECCOMP_RET_ALLOW;
+    const REFUSE: u32 = libc::SECCOMP_RET_ERRNO | libc::EPERM as u32;
+    let op = |code: u32, jt, jf, k| sock_filter {
+        code: code as u16,
+        jt,
+        jf,
+        k,
+    };
+    let mut filter = [
+        // The call's number is the first field of seccomp_data.
+        op(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
+        op(
+            libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K,
+            0,
+            1,
+            syscall as u32,
+        ),
+        op(libc::BPF_RET | libc::BPF_K, 0, 0, REFUSE),
+        op(libc::BPF_RET | libc::BPF_K, 0, 0, ALLOW),
+    ];
+    let program = sock_fprog {
+        len: filter.len() as u16,
+        filter: filter.as_mut_ptr(),
+    };
+    // SAFETY: PR_SET_SECCOMP takes a pointer to a sock_fprog, which lives through the call.
+    let done = unsafe {
+        libc::prctl(
+            libc::PR_SET_SECCOMP,
+            libc::SECCOMP_MODE_FILTER as libc::c_ulong,
+            &raw const program,
+        )
+    };
+    if done == -1 {
+        return Err(std::io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 /// A running host.
@@ -249,7 +293,8 @@ impl Host {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
         let raw = theirs.as_raw_fd();
-        // SAFETY: only dup2 and fcntl are called between fork and exec, both async-signal-safe.
+        let forbidden = start.forbidden;
+        // SAFETY: only dup2, fcntl and prctl are called between fork and exec, and nothing allocates.
         unsafe {
             command.pre_exec(move || {
                 if raw == 3 {
@@ -258,7 +303,7 @@ impl Host {
                 } else if nix::libc::dup2(raw, 3) == -1 {
                     return Err(std::io::Error::last_os_error());
                 }
-                Ok(())
+                forbidden.map_or(Ok(()), forbid)
             });
         }
         let mut child = command.spawn().expect("hsm-token starts");

@@ -15,14 +15,13 @@ mod node;
 #[path = "../src/peer/mod.rs"]
 mod peer;
 
+use std::error::Error;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::symlink;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
-
-use nix::sys::signal::{Signal, kill};
 
 use node::{API_SERVER, NOBODY, Node, ORDINARY_POD, OTHER_STATIC_POD, client_at, verdict};
 use peer::admit;
@@ -149,7 +148,7 @@ fn who_connected_and_exited_is_not_stood_in_for_by_who_holds_the_connection() {
             &format!("kubepods/burstable/pod{API_SERVER}/ctr"),
             &door,
         );
-        let heir = client.leave_the_connection_to_another();
+        let _heir = client.leave_the_connection_to_another();
         let connection = door.accept();
         // While it is a zombie its id is not free, but it is no kube-apiserver any more.
         while !fs::read_to_string(format!("/proc/{}/stat", client.child.id()))
@@ -169,7 +168,6 @@ fn who_connected_and_exited_is_not_stood_in_for_by_who_holds_the_connection() {
             Err("exited"),
             "gone at {door:?}"
         );
-        kill(heir, Signal::SIGKILL).unwrap();
     }
 }
 
@@ -372,7 +370,21 @@ fn a_refusal_says_what_was_wrong() {
         )
     );
     let door = node.abstract_door();
-    let _client = node.client(1000, "somewhere", &door);
+    let client = node.client(1000, "somewhere", &door);
     let refusal = admit(&door.accept(), door.kind(), &node.rules).unwrap_err();
-    assert_eq!(refusal.to_string(), "its uid 1000 is not in kms.peers.uid");
+    let pid = client.child.id();
+    assert_eq!(
+        refusal.to_string(),
+        format!("its uid 1000 is not in kms.peers.uid (pid {pid})")
+    );
+    let door = node.abstract_door();
+    let _client = node.client(NOBODY, "somewhere", &door);
+    let refusal = admit(&door.accept(), door.kind(), &node.rules).unwrap_err();
+    let text = refusal.to_string();
+    assert!(text.starts_with("its cgroup \"/"), "{text}");
+    assert!(
+        text.ends_with("/somewhere\" is not that of a static pod"),
+        "{text}"
+    );
+    assert_eq!(refusal.source().unwrap().to_string(), "it is in no pod");
 }

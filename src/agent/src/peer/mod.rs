@@ -73,13 +73,14 @@ pub(crate) struct Peer {
 
 /// Why a peer was not let in.
 #[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
 pub(crate) enum Refusal {
     /// The user is not among those allowed.
-    #[error("its uid {uid} is not in kms.peers.uid")]
+    #[error("its uid {uid} is not in kms.peers.uid (pid {pid})")]
     Uid {
         /// The peer's user.
         uid: u32,
+        /// Its process at the time, for whoever looks for it; 0 if our pid namespace hides it.
+        pid: i32,
     },
     /// We live in a user namespace, where the host's strangers all look like 65534.
     #[error(
@@ -117,7 +118,7 @@ pub(crate) enum Refusal {
     #[error("the process that connected has exited")]
     Exited,
     /// The peer is something else.
-    #[error("its cgroup {cgroup:?} is not that of a static pod: {why}")]
+    #[error("its cgroup {cgroup:?} is not that of a static pod")]
     NotKubeApiserver {
         /// The path.
         cgroup: String,
@@ -189,14 +190,17 @@ pub(crate) fn admit(
     kind: EndpointKind,
     rules: &Rules,
 ) -> Result<Peer, Refusal> {
-    let uid = getsockopt(connection, sockopt::PeerCredentials)
-        .map_err(|errno| Refusal::Trouble {
+    let credentials =
+        getsockopt(connection, sockopt::PeerCredentials).map_err(|errno| Refusal::Trouble {
             doing: "asking for the peer's credentials".into(),
             source: errno.into(),
-        })?
-        .uid();
+        })?;
+    let uid = credentials.uid();
     if !rules.uids.contains(&uid) {
-        return Err(Refusal::Uid { uid });
+        return Err(Refusal::Uid {
+            uid,
+            pid: credentials.pid(),
+        });
     }
     match static_pod_of(connection, kind, rules) {
         Ok(pod) => Ok(Peer {

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Gid, Pid, Uid, geteuid, setgid, setgroups, setuid};
 use tempfile::TempDir;
 
@@ -247,11 +248,20 @@ impl Actor {
     }
 
     /// Lets it exit while a third process holds its connection.
-    pub(crate) fn leave_the_connection_to_another(&mut self) -> Pid {
+    pub(crate) fn leave_the_connection_to_another(&mut self) -> Heir {
         self.tell("leave");
         let heir = self.hear().parse().unwrap();
         self.tell = None;
-        Pid::from_raw(heir)
+        Heir(Pid::from_raw(heir))
+    }
+}
+
+/// Who holds a connection that another has made.
+pub(crate) struct Heir(Pid);
+
+impl Drop for Heir {
+    fn drop(&mut self) {
+        let _ = kill(self.0, Signal::SIGKILL);
     }
 }
 

@@ -34,13 +34,13 @@ cached() {
             # What a killed run left half made; nobody else makes this folder while we hold the lock.
             rm -rf "$root/.making-$folder".*
             printf '%s ...\n' "$what" >&2
-            fresh=$(mktemp -d "$root/.making-$folder.XXXXXX") || exit
+            fresh=$root/.making-$folder.$BASHPID
+            mkdir -m 755 "$fresh" || exit
             # The ticker ends when descriptor 8 does, that is with this shell, even when it is killed.
             exec 8> >(exec 9>&-; _cache_still_at_it "$what" >&2)
             trap 'rm -rf "$fresh" "$fresh.old"' EXIT
             trap 'exit 130' INT
             trap 'exit 143' TERM
-            chmod 755 "$fresh"
             "$@" "$fresh" >&2 8>&- 9>&- || {
                 status=$?
                 printf 'error: %s failed (exit status %s)\n' "$what" "$status" >&2

@@ -2,7 +2,9 @@
 
 use cryptoki_sys::*;
 use hsm_wire::envelope::Wrap;
-use hsm_wire::host::{Description, KeyInfo, KeyRef, MAX_KEYS, MAX_NAME_LEN, TokenInfo};
+use hsm_wire::host::{
+    Description, KeyInfo, KeyRef, MAX_KEYS, MAX_MESSAGE_LEN, MAX_NAME_LEN, TokenInfo,
+};
 use hsm_wire::identity::Fingerprint;
 
 use crate::failure::Failure;
@@ -12,6 +14,8 @@ use crate::wrap::{self, Scratch};
 
 /// Secret keys looked at. A token with more is not one for a node's daemon.
 const MAX_OBJECTS: usize = 4096;
+/// The message's head, and the token's four texts of at most [`MAX_NAME_LEN`] bytes each.
+const ROOM_FOR_THE_REST: usize = 64 + 4 * (2 + MAX_NAME_LEN);
 /// Plaintexts of the self-test: shorter than a block, one byte more and less than blocks, whole
 /// blocks. Odd ones are where tokens have been seen to pad.
 const LENGTHS: [usize; 4] = [1, 15, 32, 33];
@@ -46,19 +50,28 @@ pub(crate) fn describe(
         return Err(failure);
     }
     keys.sort_by(|(a, _), (b, _)| (&a.key.label, &a.key.id).cmp(&(&b.key.label, &b.key.id)));
-    keys.truncate(MAX_KEYS);
-    let omitted = u16::try_from(total - keys.len()).unwrap_or(u16::MAX);
-    let mut listed = Vec::with_capacity(keys.len());
-    for (mut key, object) in keys {
+    let mut listed = Vec::new();
+    let mut room = MAX_MESSAGE_LEN - ROOM_FOR_THE_REST;
+    for (mut key, object) in keys.into_iter().take(MAX_KEYS) {
         key.wrap = choose_wrap(token, place, object, &key.key.fingerprint, scratch)?;
         token.note_handle(&key.key, object);
+        let Some(left) = room.checked_sub(size(&key)) else {
+            break;
+        };
+        room = left;
         listed.push(key);
     }
     Ok(Description {
         token: info.clone(),
+        omitted: u16::try_from(total - listed.len()).unwrap_or(u16::MAX),
         keys: listed,
-        omitted,
     })
+}
+
+/// At least what a key takes in the message.
+fn size(key: &KeyInfo) -> usize {
+    let reason = key.wrap.as_ref().err().map_or(0, String::len);
+    64 + key.key.id.len() + key.key.label.len() + reason
 }
 
 /// A failure that names neither session nor token may be one key's own: an HSM gives

@@ -11,10 +11,20 @@
 //! | [`channel`] | the socket to the daemon |
 //! | [`serve`] | threads: who receives, who answers, who notices the end |
 //! | [`session`] | one session thread's work and the recovery ladder |
-//! | [`token`] | slot, login, PIN latch, re-initialisation |
+//! | [`token`] | what session threads share; re-initialisation |
+//! | [`login`], [`latch`], [`pin`] | find the slot and log in; when to; the PIN's memory |
 //! | [`key`], [`wrap`], [`describe`] | find and fingerprint a key; seal and unseal; what is on the token |
 //! | [`module`] | **the only calls of PKCS#11's C ABI** |
-//! | [`failure`], [`latch`], [`pin`] | what codes mean; when to log in; the PIN's memory |
+//! | [`failure`] | what codes mean, and which rung of the ladder helps |
+
+/// A line for the daemon's log, which reads this process's stderr. A daemon that does not read is no
+/// reason to fail.
+macro_rules! log {
+    ($($argument:tt)*) => {{
+        use std::io::Write;
+        let _ = writeln!(std::io::stderr(), "hsm-token: {}", format_args!($($argument)*));
+    }};
+}
 
 mod args;
 mod channel;
@@ -23,6 +33,7 @@ mod failure;
 mod isolate;
 mod key;
 mod latch;
+mod login;
 mod module;
 mod pin;
 mod serve;
@@ -65,7 +76,7 @@ fn main() -> ExitCode {
     };
     // A thread that is gone would be missed by nobody but the requests waiting for it.
     std::panic::set_hook(Box::new(|panic| {
-        eprintln!("hsm-token: {panic}");
+        log!("{panic}");
         std::process::abort();
     }));
     if let Err(fault) = isolate::prepare(&channel) {

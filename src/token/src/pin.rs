@@ -43,8 +43,8 @@ impl LockedPin {
         };
         // SAFETY: the range is the mapping made above.
         if let Err(error) = unsafe { mlock(mapping, SIZE.get()) } {
-            eprintln!(
-                "hsm-token: the PIN's memory cannot be locked ({error}) and could be swapped; \
+            log!(
+                "the PIN's memory cannot be locked ({error}) and could be swapped; \
                  raise RLIMIT_MEMLOCK"
             );
         }

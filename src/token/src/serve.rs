@@ -41,7 +41,7 @@ pub(crate) fn receive_open(channel: &Channel) -> (u64, Open) {
 
 /// Answers with `fault`, and ends: the daemon starts a new host when it is time to try again.
 pub(crate) fn refuse(channel: &Channel, id: u64, fault: Fault) -> ! {
-    eprintln!("hsm-token: {fault}");
+    log!("{fault}");
     respond(channel, id, Err(fault));
     leave(1)
 }
@@ -60,7 +60,7 @@ pub(crate) fn serve(channel: Channel, id: u64, open: Open) -> ! {
     let sessions = match token.threading {
         Threading::Parallel => sessions,
         Threading::Serial => {
-            eprintln!("hsm-token: the module cannot lock; one session thread only");
+            log!("the module cannot lock; one session thread only");
             1
         }
     };
@@ -107,7 +107,7 @@ fn work(channel: &Channel, token: &Token) -> ! {
         let response = worker.answer(id, &request);
         drop(request);
         if let Err(error) = channel.send(&response.encode()) {
-            eprintln!("hsm-token: an answer cannot be sent: {error}");
+            log!("an answer cannot be sent: {error}");
             break;
         }
     }
@@ -129,7 +129,7 @@ fn receive(channel: &Channel, packet: &mut Packet) -> Option<(u64, Request)> {
         Ok(Received::TooLong(len)) => format!("a request of {len} bytes"),
         Err(error) => format!("a socket error: {error}"),
     };
-    eprintln!("hsm-token: {problem}; leaving");
+    log!("{problem}; leaving");
     leave(1)
 }
 
@@ -140,7 +140,7 @@ fn respond(channel: &Channel, id: u64, outcome: Result<Answer, Fault>) {
         outcome,
     };
     if let Err(error) = channel.send(&response.encode()) {
-        eprintln!("hsm-token: an answer cannot be sent: {error}");
+        log!("an answer cannot be sent: {error}");
     }
 }
 
@@ -151,7 +151,7 @@ fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> bool {
         .stack_size(STACK)
         .spawn(body);
     if let Err(error) = &spawned {
-        eprintln!("hsm-token: thread `{name}` cannot be started: {error}");
+        log!("thread `{name}` cannot be started: {error}");
     }
     spawned.is_ok()
 }

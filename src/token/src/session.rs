@@ -19,7 +19,8 @@ use zeroize::Zeroizing;
 use crate::describe;
 use crate::failure::{CallError, Failure, Rung};
 use crate::key::{self, Place};
-use crate::token::{Live, Reinitialized, Token, is_public};
+use crate::login::is_public;
+use crate::token::{Live, Reinitialized, Token};
 use crate::wrap::{self, Scratch};
 
 /// Keys whose handles a thread keeps. The daemon names a handful; more means that it went wrong.
@@ -60,8 +61,8 @@ impl<'t> Worker<'t> {
         let live = self.token.enter();
         let opened = self.open_session(&live, &mut Recovery::default());
         if let Err(Failure::Call(error)) = opened {
-            eprintln!(
-                "hsm-token: a session thread starts without a session: {}",
+            log!(
+                "a session thread starts without a session: {}",
                 error.fault(FaultKind::Device, "it cannot be opened")
             );
         }
@@ -136,7 +137,7 @@ impl<'t> Worker<'t> {
             Rung::Reinitialize => "the module must be re-initialised",
         };
         let fault = failure.clone().into_fault(doing(request));
-        eprintln!("hsm-token: {fault}; {next}");
+        log!("{fault}; {next}");
     }
 
     fn replace_session(&mut self, recovery: &mut Recovery) {

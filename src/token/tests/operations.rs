@@ -302,6 +302,19 @@ fn one_token_must_match_the_uri_and_the_fault_names_those_there_are() {
 }
 
 #[test]
+fn a_slot_that_cannot_be_read_is_named_when_no_other_matches() {
+    let hostile = support::hostile::Hostile::new();
+    hostile.rules("C_GetTokenInfo fail 0x30\n");
+    let mut host = Host::start(&hostile.start());
+    let fault = host
+        .ask(&Request::Open(hostile.open_request()))
+        .outcome
+        .expect_err("unreadable");
+    assert_eq!(fault.kind, FaultKind::TokenNotFound);
+    assert!(fault.detail.contains("with CKR_DEVICE_ERROR"), "{fault}");
+}
+
+#[test]
 fn a_uri_of_an_object_is_no_token() {
     let token = SoftHsm::new();
     let object = Open {

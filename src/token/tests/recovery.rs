@@ -95,6 +95,15 @@ fn a_lost_login_is_renewed_once() {
 }
 
 #[test]
+fn a_login_that_fails_without_fault_of_the_pin_takes_a_new_start_of_the_module() {
+    let mut fixture = Fixture::new();
+    thread::sleep(REST);
+    let steps = fixture.recovers("C_DecryptInit fail 0x101 1\nC_Login fail 0x30 1\n");
+    assert!(steps.retried && steps.reinit, "{steps:?}");
+    assert_eq!(fixture.hostile.calls("C_Login"), 3);
+}
+
+#[test]
 fn what_a_new_session_does_not_cure_takes_a_new_start_of_the_module() {
     let mut fixture = Fixture::new();
     thread::sleep(REST);
@@ -234,6 +243,43 @@ fn a_thread_stuck_in_the_module_does_not_hold_up_the_others_answers() {
         begin.elapsed()
     );
     assert_eq!(hostile.calls("C_Finalize"), 0);
+}
+
+#[test]
+fn a_key_that_was_there_and_is_gone_is_a_lost_token_not_an_absent_key() {
+    let token = SoftHsm::new();
+    let mut host = Host::open(&Start::for_token(&token), open());
+    let key = host.key();
+    host.probe(&key).expect("probe");
+    thread::sleep(REST);
+    token.run(
+        "pkcs11-tool",
+        &[
+            "--module",
+            support::SOFTHSM,
+            "--token-label",
+            support::LABEL,
+            "--login",
+            "--pin",
+            support::PIN,
+            "--delete-object",
+            "--type",
+            "secrkey",
+            "--id",
+            "01",
+        ],
+    );
+    let fault = host.probe(&key).expect_err("gone");
+    assert_eq!(fault.kind, FaultKind::Device, "{fault}");
+    assert!(
+        fault.detail.contains("has lost the key `k8s-secrets-kek`"),
+        "{fault}"
+    );
+    drop(host);
+    // A host that has never seen it knows only that it is not there.
+    let mut fresh = Host::open(&Start::for_token(&token), open());
+    let fault = fresh.probe(&key).expect_err("absent");
+    assert_eq!(fault.kind, FaultKind::KeyNotFound, "{fault}");
 }
 
 #[test]

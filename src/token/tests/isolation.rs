@@ -225,6 +225,30 @@ fn of_the_daemons_folder_only_what_is_named_is_shown() {
 }
 
 #[test]
+fn the_process_that_waits_outside_has_no_privilege_and_no_socket() {
+    let token = SoftHsm::new();
+    let host = Host::open(&Start::for_token(&token), open());
+    let proc = PathBuf::from(format!("/proc/{}", host.child.id()));
+    let status = fs::read_to_string(proc.join("status")).expect("status");
+    for line in [
+        "Uid:\t64500\t64500\t64500\t64500",
+        "Gid:\t64500\t64500\t64500\t64500",
+        "CapPrm:\t0000000000000000",
+        "CapBnd:\t0000000000000000",
+        "NoNewPrivs:\t1",
+        "Threads:\t1",
+    ] {
+        assert!(status.lines().any(|l| l == line), "{line} in\n{status}");
+    }
+    let mut open: Vec<PathBuf> = fs::read_dir(proc.join("fd"))
+        .expect("fd")
+        .map(|entry| fs::read_link(entry.expect("entry").path()).expect("link"))
+        .collect();
+    open.retain(|target| target.display().to_string().starts_with("socket:"));
+    assert!(open.is_empty(), "{open:?}");
+}
+
+#[test]
 fn a_socket_that_is_named_can_be_used() {
     // As smart-card and HSM daemons have: the network is not the only way to a token.
     let hostile = Hostile::new();

@@ -77,6 +77,25 @@ fn unseal_through_the_socketpair_beside_raw_calls() {
     report("raw, in process", times);
 }
 
+#[test]
+#[ignore = "a measurement, run by hand in release mode"]
+fn from_exec_to_an_open_token() {
+    let token = SoftHsm::new();
+    for (name, start) in [
+        ("plain", Start::plain(token.env())),
+        ("isolated", Start::for_token(&token)),
+    ] {
+        let times = (0..100)
+            .map(|_| {
+                let start_time = Instant::now();
+                let _host = Host::open(&start, open());
+                start_time.elapsed()
+            })
+            .collect();
+        report(&format!("exec to Opened, {name}"), times);
+    }
+}
+
 fn report(name: &str, mut times: Vec<Duration>) {
     times.sort();
     println!(

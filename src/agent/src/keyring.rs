@@ -12,6 +12,7 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
+pub(crate) use hsm_config::{ClusterNames, KeyRule, KeyState};
 use hsm_token_client::{State, Token, TokenError};
 use hsm_wire::envelope::{self, EnvelopeError, Header, Wrap};
 use hsm_wire::host::{KeyInfo, KeyRef};
@@ -19,50 +20,6 @@ use hsm_wire::identity::{self, ClusterTag, FingerprintPrefix};
 use hsm_wire::secret::Secret;
 use hsm_wire::uri::Uri;
 use tokio::time::Instant;
-
-/// What a key may do, set by configuration only.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum KeyState {
-    /// Announced: opens, does not seal yet.
-    Pending,
-    /// Seals and opens.
-    Active,
-    /// Opens what it sealed before.
-    Retired,
-}
-
-impl KeyState {
-    /// As written in the configuration.
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::Pending => "pending",
-            Self::Active => "active",
-            Self::Retired => "retired",
-        }
-    }
-}
-
-/// A key as the configuration names it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct KeyRule {
-    /// Token and object attributes.
-    pub(crate) uri: Uri,
-    /// Grows with every activation; part of the `key_id`.
-    pub(crate) epoch: u64,
-    /// What it may do.
-    pub(crate) state: KeyState,
-    /// The operator said that a copy of the key exists elsewhere.
-    pub(crate) backup_acknowledged: bool,
-}
-
-/// Names under which envelopes were and are sealed.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct ClusterNames {
-    /// Seals and opens.
-    pub(crate) own: String,
-    /// Former names whose envelopes still open.
-    pub(crate) accepted: Vec<String>,
-}
 
 /// A configured token, running.
 #[derive(Clone)]

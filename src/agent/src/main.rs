@@ -2,7 +2,7 @@
 //!
 //! This file is the command line; [`run`] is the daemon.
 
-mod config;
+mod check;
 mod health;
 mod keyring;
 mod kms;
@@ -10,7 +10,6 @@ mod listen;
 mod peer;
 mod pin;
 mod reload;
-mod report;
 mod run;
 mod telemetry;
 
@@ -19,6 +18,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use hsm_config::report;
 use listen::Endpoint;
 use telemetry::LogFormat;
 
@@ -100,7 +100,7 @@ fn main() -> ExitCode {
             })
         }
         Command::Check { file } => {
-            let (out, err, code) = config::check_command(&file);
+            let (out, err, code) = check::command(&file);
             print!("{out}");
             eprint!("{err}");
             ExitCode::from(code)

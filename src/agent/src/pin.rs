@@ -1,4 +1,4 @@
-//! Where a token's PIN is, and reading it.
+//! Reading a token's PIN, where the configuration says it is.
 //!
 //! The PIN is read anew for each module host that starts, handed over, and forgotten: so a changed
 //! file counts from the next start on, and a dump of the daemon's memory does not hold it. It never
@@ -12,8 +12,9 @@
 use std::fs::{self, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use hsm_config::pin::Source;
 use hsm_token_client::PinSource;
 use hsm_wire::secret::Secret;
 use nix::fcntl::OFlag;
@@ -25,85 +26,30 @@ pub(crate) use inherited::adopt_inherited;
 /// PKCS#11 sets no limit; no token takes more than 255 bytes.
 const MAX_BYTES: usize = 1024;
 
-/// The place of a PIN. The place is no secret.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Source {
-    /// A file of its own.
-    File(PinFile),
-    /// A descriptor that the daemon was started with.
-    Fd(PinFd),
-    /// A file that the service manager placed.
-    Credential(PinCredential),
-}
+/// Reads the PIN at the place that the configuration names.
+pub(crate) struct Reader(pub(crate) Source);
 
-/// A file that holds the PIN and nothing else.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct PinFile {
-    /// Absolute.
-    pub(crate) path: PathBuf,
-    /// For platforms that write every file 0644 into a folder that only root may enter (Talos).
-    pub(crate) allow_world_readable: bool,
-}
-
-/// An inherited pipe or file: read to its end once, kept in a sealed memfd.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct PinFd {
-    /// Its number.
-    pub(crate) fd: u32,
-}
-
-/// A file in `$CREDENTIALS_DIRECTORY` (systemd's `LoadCredential=`).
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct PinCredential {
-    /// A file's name, without any `/`.
-    pub(crate) name: String,
-}
-
-impl Source {
-    /// The file, where it is one with a known path.
-    pub(crate) fn file(&self) -> Option<&Path> {
-        match self {
-            Self::File(file) => Some(&file.path),
-            Self::Fd(_) | Self::Credential(_) => None,
+impl PinSource for Reader {
+    fn read(&self) -> Result<Secret, String> {
+        match &self.0 {
+            Source::File(file) => {
+                let access = match file.allow_world_readable {
+                    true => Access::Readable,
+                    false => Access::Private,
+                };
+                read_file(&file.path, access)
+            }
+            Source::Fd(descriptor) => inherited::read(descriptor.fd),
+            Source::Credential(credential) => {
+                let folder = std::env::var_os("CREDENTIALS_DIRECTORY").ok_or_else(|| {
+                    format!(
+                        "credential `{}`: CREDENTIALS_DIRECTORY is not set, so the daemon was started without credentials; add LoadCredential= to its unit",
+                        credential.name
+                    )
+                })?;
+                read_credential(Path::new(&folder), &credential.name)
+            }
         }
-    }
-}
-
-impl PinSource for Source {
-    fn read(&self) -> Result<Secret, String> {
-        match self {
-            Self::File(file) => file.read(),
-            Self::Fd(fd) => fd.read(),
-            Self::Credential(credential) => credential.read(),
-        }
-    }
-}
-
-impl PinSource for PinFile {
-    fn read(&self) -> Result<Secret, String> {
-        let access = match self.allow_world_readable {
-            true => Access::Readable,
-            false => Access::Private,
-        };
-        read_file(&self.path, access)
-    }
-}
-
-impl PinSource for PinFd {
-    fn read(&self) -> Result<Secret, String> {
-        inherited::read(self.fd)
-    }
-}
-
-impl PinSource for PinCredential {
-    fn read(&self) -> Result<Secret, String> {
-        let folder = std::env::var_os("CREDENTIALS_DIRECTORY").ok_or_else(|| {
-            format!(
-                "credential `{}`: CREDENTIALS_DIRECTORY is not set, so the daemon was started without credentials; add LoadCredential= to its unit",
-                self.name
-            )
-        })?;
-        read_credential(Path::new(&folder), &self.name)
     }
 }
 
@@ -230,6 +176,9 @@ fn cleaned(read: Secret) -> Result<Secret, String> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::{PermissionsExt, symlink};
+    use std::path::PathBuf;
+
+    use hsm_config::pin::PinFile;
 
     use super::*;
 
@@ -304,10 +253,10 @@ mod tests {
         let folder = Folder::new();
         let read = |mode| {
             let path = folder.file(b"1234", mode);
-            PinFile {
+            Reader(Source::File(PinFile {
                 path,
                 allow_world_readable: true,
-            }
+            }))
             .read()
         };
         assert!(read(0o644).is_ok());

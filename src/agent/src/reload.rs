@@ -28,10 +28,10 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use hsm_config::MAX_BYTES;
 use nix::fcntl::OFlag;
 use tokio::time::{Instant, sleep_until};
 
-use crate::config::MAX_BYTES;
 use settle::{Due, Seen, Settler, Stamp};
 use trail::{Happened, Trail};
 

@@ -12,13 +12,10 @@
 
 #[path = "../../../src/agent/src"]
 mod agent {
-    pub(crate) mod config;
     pub(crate) mod keyring;
     pub(crate) mod kms;
     pub(crate) mod listen;
     pub(crate) mod peer;
-    pub(crate) mod pin;
-    pub(crate) mod report;
 }
 
 // The two parsers that are private to their face are mounted once more, below a parent of ours.
@@ -39,7 +36,7 @@ use http_body_util::Full;
 use tonic::codec::{Codec, Streaming};
 
 // The modules call each other `crate::NAME`.
-use agent::{config, keyring, kms, listen, peer, pin, report};
+use agent::{keyring, kms, listen, peer};
 use kms_parts::messages::{
     DecryptRequest, DecryptResponse, EncryptRequest, EncryptResponse, Incoming, KmsCodec,
     MAX_REQUEST_LEN, Outgoing, StatusRequest, StatusResponse,
@@ -48,18 +45,18 @@ use peer_parts::parse;
 
 /// A configuration file; one that is accepted must be a legal step from itself.
 pub fn configuration(bytes: &[u8]) {
-    let Ok(text) = config::decode(Ok(bytes.to_vec()), "hsmd.yaml") else {
+    let Ok(text) = hsm_config::decode(Ok(bytes.to_vec()), "hsmd.yaml") else {
         return;
     };
-    match config::parse(&text, "hsmd.yaml") {
-        Ok(config) => assert!(config::plan::check(&config, &config).is_ok()),
+    match hsm_config::parse(&text, "hsmd.yaml") {
+        Ok(config) => assert!(hsm_config::plan::check(&config, &config).is_ok()),
         Err(errors) => assert!(!errors.to_string().is_empty()),
     }
 }
 
 /// The address of a socket.
 pub fn endpoint(text: &str) {
-    if let Ok(endpoint) = text.parse::<listen::Endpoint>() {
+    if let Ok(endpoint) = text.parse::<hsm_config::Endpoint>() {
         assert_eq!(endpoint.to_string().parse(), Ok(endpoint));
     }
 }

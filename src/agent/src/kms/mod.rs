@@ -21,6 +21,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::SystemTime;
 
+pub(crate) use hsm_config::WhenLost;
 use hsm_wire::secret::Secret;
 use tokio::sync::Notify;
 
@@ -30,16 +31,6 @@ pub(crate) use service::serve;
 
 /// The KMS API this face speaks; kube-apiserver compares it with "v2".
 pub(crate) const API_VERSION: &str = "v2";
-
-/// What Status says while the HSM is lost.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) enum WhenLost {
-    /// A gRPC error: the API server stops writing within 3 minutes.
-    #[default]
-    FailClosed,
-    /// The reason and the last key_id: the API server goes on writing under the seed it holds.
-    Coast,
-}
 
 /// What the face can work with at the moment.
 enum Plane {

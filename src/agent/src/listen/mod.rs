@@ -15,7 +15,6 @@
 //! **Caveats.** An abstract name that is held by a process which does not listen cannot be asked
 //! who that is.
 
-mod endpoint;
 mod path;
 mod probe;
 
@@ -29,7 +28,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval, sleep};
 
-pub(crate) use endpoint::Endpoint;
+pub(crate) use hsm_config::Endpoint;
 pub(crate) use probe::Holder;
 
 use path::FileId;

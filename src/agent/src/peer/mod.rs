@@ -21,9 +21,11 @@ use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
+use hsm_config::Endpoint;
 use nix::sys::socket::{getsockopt, sockopt};
 
 pub(crate) use complaints::Complaints;
+pub(crate) use hsm_config::Rules;
 pub(crate) use parse::{NotAStaticPod, StaticPodUid};
 
 use process::{HostProc, Process};
@@ -32,27 +34,6 @@ use process::{HostProc, Process};
 /// kubelet's.
 const POD_LOG_LIMIT: usize = 16 * 1024;
 
-/// Who is let in.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Rules {
-    /// The users whose processes may connect; kube-apiserver is 65534 on Talos.
-    pub(crate) uids: Vec<u32>,
-    /// A procfs in which the peers can be seen: the host's.
-    pub(crate) host_proc: PathBuf,
-    /// Where the kubelet keeps the logs of its pods.
-    pub(crate) pod_logs: PathBuf,
-}
-
-impl Default for Rules {
-    fn default() -> Self {
-        Self {
-            uids: vec![65534],
-            host_proc: "/proc".into(),
-            pod_logs: "/var/log/pods".into(),
-        }
-    }
-}
-
 /// Which kind of socket a peer came by: only one of them has permissions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum EndpointKind {
@@ -60,6 +41,16 @@ pub(crate) enum EndpointKind {
     Path,
     /// A name that anybody in the network namespace may connect to.
     Abstract,
+}
+
+impl EndpointKind {
+    /// Which rules the peers of this endpoint meet.
+    pub(crate) fn of(endpoint: &Endpoint) -> Self {
+        match endpoint {
+            Endpoint::Path { .. } => Self::Path,
+            Endpoint::Abstract(_) => Self::Abstract,
+        }
+    }
 }
 
 /// A peer that was let in.

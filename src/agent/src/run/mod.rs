@@ -17,13 +17,13 @@ use std::process::ExitCode;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
+use hsm_config::{Config, plan, report};
 use nix::sys::mman::{MlockAllFlags, mlockall};
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::stat::{Mode, umask};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinHandle;
 
-use crate::config::{self, Config, plan};
 use crate::health;
 use crate::kms::{self, Face};
 use crate::listen::{self, Endpoint, Listener};
@@ -160,8 +160,8 @@ impl Daemon {
         match change {
             Change::Changed(bytes) => {
                 let file = self.settings.config.display().to_string();
-                let config = config::decode(bytes, &file)
-                    .and_then(|text| config::parse(&text, &file))
+                let config = hsm_config::decode(bytes, &file)
+                    .and_then(|text| hsm_config::parse(&text, &file))
                     .map_err(|errors| errors.report());
                 match config {
                     Ok(config) => self.take(config).await,
@@ -176,7 +176,7 @@ impl Daemon {
         if let Some(last) = &self.last
             && let Err(illegal) = plan::check(last, &config)
         {
-            return self.reject(&crate::report::chain(&illegal, Some(&illegal.hint())));
+            return self.reject(&report::chain(&illegal, Some(&illegal.hint())));
         }
         *self.rules.write().unwrap_or_else(PoisonError::into_inner) = config.kms.peers.clone();
         let listen = config

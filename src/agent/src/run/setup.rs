@@ -3,12 +3,13 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use hsm_config::Config;
 use hsm_token_client::Token;
 use tokio::task::JoinHandle;
 
-use crate::config::{self, Config};
 use crate::keyring::{Keyring, NamedToken};
 use crate::kms::Face;
+use crate::pin;
 
 /// A configuration in force.
 pub(super) struct Setup {
@@ -16,7 +17,7 @@ pub(super) struct Setup {
 }
 
 struct Running {
-    settings: config::Token,
+    settings: hsm_config::Token,
     state_dirs: Vec<PathBuf>,
     named: NamedToken,
     watcher: JoinHandle<()>,
@@ -41,6 +42,7 @@ impl Setup {
             config.clusters.clone(),
             config.kms.keys.clone(),
             tokens.iter().map(|running| running.named.clone()).collect(),
+            face.keyring().ok().as_deref(),
         );
         face.use_keyring(keyring, config.kms.when_lost);
         for running in old {
@@ -58,8 +60,9 @@ impl Setup {
 }
 
 impl Running {
-    fn start(settings: config::Token, state_dirs: &[PathBuf], face: &Arc<Face>) -> Self {
-        let mut client = settings.to_client(state_dirs);
+    fn start(settings: hsm_config::Token, state_dirs: &[PathBuf], face: &Arc<Face>) -> Self {
+        let pin = pin::Reader(settings.pin.source.clone());
+        let mut client = settings.to_client(state_dirs, Arc::new(pin));
         if client.launch.program.as_os_str().is_empty() {
             client.launch.program = beside_us("hsm-token");
         }

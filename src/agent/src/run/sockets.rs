@@ -8,7 +8,7 @@ use tokio::task::{JoinHandle, JoinSet};
 
 use crate::kms::{self, Face};
 use crate::listen::{self, Endpoint, Incoming, Listener};
-use crate::peer::{self, Complaints, Rules};
+use crate::peer::{self, Complaints, EndpointKind, Rules};
 
 /// What every accepted connection needs.
 #[derive(Clone)]
@@ -133,7 +133,7 @@ impl Gate {
 
     /// A peer that is refused is dropped without a byte and never learns why.
     fn admits(&self, endpoint: &Endpoint, stream: &UnixStream) -> bool {
-        match peer::admit(stream, endpoint.kind(), &self.rules()) {
+        match peer::admit(stream, EndpointKind::of(endpoint), &self.rules()) {
             Ok(peer) => {
                 tracing::info!(%endpoint, uid = peer.uid, pod = peer.pod_uid.as_deref().unwrap_or("not seen"), "admitted a peer");
                 true

@@ -16,10 +16,17 @@ use paths::{paths, tokens};
 const FACES: [&str; 3] = ["kms", "proxy", "sops"];
 /// What a face may import of the daemon.
 const FACE_MAY_IMPORT: [&str; 4] = ["keyring", "listen", "peer", "telemetry"];
-/// Builds values of the types that the others define, so it knows them and they do not know it. Only
-/// `reload` does, which is about the file.
-const CONFIG: &str = "config";
-const RELOAD: &str = "reload";
+/// The crate of the configuration file, and what the daemon's modules may take from it: a face or a
+/// leaf gets checked values, so it names their types at most. `main`, `run` and `check` may take all.
+const CONFIG: &str = "hsm_config";
+const MAY_TAKE_FROM_CONFIG: [(&str, &[&str]); 6] = [
+    ("keyring", &["ClusterNames", "KeyRule", "KeyState"]),
+    ("kms", &["WhenLost"]),
+    ("listen", &["Endpoint"]),
+    ("peer", &["Endpoint", "Rules"]),
+    ("pin", &["pin"]),
+    ("reload", &["MAX_BYTES"]),
+];
 /// Wires everything to everything: the one module besides `main` that may.
 const RUN: &str = "run";
 
@@ -40,11 +47,12 @@ const FORBIDDEN_IN_WIRE: [&str; 9] = [
 const MAY_BE_UNSAFE: [&str; 2] = ["token", "module"];
 
 /// Crates of this workspace, and those that each may depend on.
-const MAY_DEPEND_ON: [(&str, &[&str]); 4] = [
+const MAY_DEPEND_ON: [(&str, &[&str]); 5] = [
     ("wire", &[]),
     ("token", &["hsm-wire"]),
     ("token-client", &["hsm-wire"]),
-    ("agent", &["hsm-token-client", "hsm-wire"]),
+    ("config", &["hsm-token-client", "hsm-wire"]),
+    ("agent", &["hsm-config", "hsm-token-client", "hsm-wire"]),
 ];
 
 fn src() -> PathBuf {
@@ -89,13 +97,21 @@ fn module_of(file: &Path) -> Vec<&str> {
 fn wrong_imports(file: &Path, source: &str, modules: &[String]) -> Vec<String> {
     let here = module_of(file);
     let top = here.first().copied().unwrap_or("main");
-    let mut wrong: Vec<String> = paths(source, &here)
+    let paths = paths(source, &here);
+    let of_crate = paths
         .iter()
         .filter_map(|path| path.strip_prefix("crate::"))
         .map(|path| path.split("::").next().unwrap_or(path))
         .filter(|imported| *imported != top && modules.iter().any(|module| module == imported))
-        .filter(|imported| !may_import(top, imported))
+        .filter(|imported| !may_import(top, imported));
+    let of_config = paths
+        .iter()
+        .filter(|path| path.split("::").next() == Some(CONFIG))
+        .map(|path| path.strip_prefix("hsm_config::").unwrap_or(path))
+        .filter(|item| !may_take_from_config(top, item));
+    let mut wrong: Vec<String> = of_crate
         .map(|imported| format!("{} imports {imported}", file.display()))
+        .chain(of_config.map(|item| format!("{} takes {item} from {CONFIG}", file.display())))
         .collect();
     wrong.sort();
     wrong.dedup();
@@ -106,10 +122,16 @@ fn may_import(module: &str, imported: &str) -> bool {
     match module {
         "main" | RUN => true,
         face if FACES.contains(&face) => FACE_MAY_IMPORT.contains(&imported),
-        CONFIG => imported != RUN,
-        RELOAD => imported == CONFIG || imported == "telemetry",
-        _ => imported != RUN && imported != CONFIG && !FACES.contains(&imported),
+        _ => imported != RUN && !FACES.contains(&imported),
     }
+}
+
+fn may_take_from_config(module: &str, item: &str) -> bool {
+    let name = item.split("::").next().unwrap_or(item);
+    matches!(module, "main" | "check" | RUN)
+        || MAY_TAKE_FROM_CONFIG
+            .iter()
+            .any(|(taker, items)| *taker == module && items.contains(&name))
 }
 
 fn wrong_in_wire(source: &str) -> Vec<String> {

@@ -122,8 +122,11 @@ pub(crate) fn paths(source: &str, here: &[&str]) -> Vec<String> {
                 found.extend(spread.iter().map(|path| resolve(path, &module)));
                 continue;
             }
-            // `use {a::b, c};` has its paths found above; `use config;` is a path of one name.
-            "use" if tokens.get(at + 2) == Some(&";") => found.push(tokens[at + 1].to_owned()),
+            // `use {a::b, c};` has its paths found above; `use config;` is a path of one name, and
+            // so is `use config as c;`.
+            "use" if matches!(tokens.get(at + 2), Some(&(";" | "as"))) => {
+                found.push(tokens[at + 1].to_owned());
+            }
             _ => {}
         }
         at += 1;

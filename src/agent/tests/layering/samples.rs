@@ -6,7 +6,6 @@ use super::{has_unsafe, own_dependencies, wrong_imports, wrong_in_wire};
 
 fn wrong(file: &str, source: &str) -> Vec<String> {
     let modules = [
-        "config",
         "keyring",
         "kms",
         "listen",
@@ -20,23 +19,23 @@ fn wrong(file: &str, source: &str) -> Vec<String> {
 }
 
 #[test]
-fn a_face_that_imports_config_or_another_face_is_found() {
+fn a_face_that_imports_another_face_is_found() {
     for source in [
-        "use crate::config::Config;",
-        "use crate::{keyring::Keyring, config};",
-        "use crate::{\n    peer,\n    config::{self as c, Config},\n};",
-        "fn f() -> crate::config::Config { todo!() }",
-        "pub(crate) use super::config;",
-        "mod tests { use super::super::config::Config; }",
-        "mod a { mod b {} use super::super::config::*; }",
-        "/* // */ use crate::config;",
-        "const Q: char = '\"'; use crate::config; const R: &str = \"\";",
-        "fn f<'a>(x: &'a str) { crate::config::load(x) }",
-        "use\n  crate ::\n  config;",
+        "use crate::proxy::Call;",
+        "use crate::{keyring::Keyring, proxy};",
+        "use crate::{\n    peer,\n    proxy::{self as c, Call},\n};",
+        "fn f() -> crate::proxy::Call { todo!() }",
+        "pub(crate) use super::proxy;",
+        "mod tests { use super::super::proxy::Call; }",
+        "mod a { mod b {} use super::super::proxy::*; }",
+        "/* // */ use crate::proxy;",
+        "const Q: char = '\"'; use crate::proxy; const R: &str = \"\";",
+        "fn f<'a>(x: &'a str) { crate::proxy::call(x) }",
+        "use\n  crate ::\n  proxy;",
     ] {
         assert_eq!(
             wrong("kms/mod.rs", source),
-            ["kms/mod.rs imports config"],
+            ["kms/mod.rs imports proxy"],
             "{source}"
         );
     }
@@ -51,6 +50,34 @@ fn a_face_that_imports_config_or_another_face_is_found() {
 }
 
 #[test]
+fn a_module_that_knows_the_configuration_is_found() {
+    for (file, source, item) in [
+        ("kms/mod.rs", "use hsm_config::Config;", "Config"),
+        (
+            "kms/mod.rs",
+            "use hsm_config::{WhenLost, Config as C};",
+            "Config",
+        ),
+        ("kms/mod.rs", "use hsm_config as c;", "hsm_config"),
+        ("kms/mod.rs", "use hsm_config;", "hsm_config"),
+        ("kms/mod.rs", "use hsm_config::*;", "*"),
+        ("keyring/view.rs", "hsm_config::parse(text)", "parse"),
+        (
+            "pin.rs",
+            "use {hsm_config::Token, std::fs}; use hsm_config::pin::Source;",
+            "Token",
+        ),
+        ("health.rs", "use hsm_config::Endpoint;", "Endpoint"),
+    ] {
+        assert_eq!(
+            wrong(file, source),
+            [format!("{file} takes {item} from hsm_config")],
+            "{source}"
+        );
+    }
+}
+
+#[test]
 fn a_leaf_that_imports_run_or_a_face_is_found() {
     assert_eq!(
         wrong("listen/path.rs", "use crate::run::stop;"),
@@ -60,11 +87,7 @@ fn a_leaf_that_imports_run_or_a_face_is_found() {
         wrong("peer.rs", "use crate::kms::Face;"),
         ["peer.rs imports kms"]
     );
-    assert_eq!(
-        wrong("config/mod.rs", "use crate::run;"),
-        ["config/mod.rs imports run"]
-    );
-    assert_eq!(wrong("keyring.rs", "use crate::{config, kms};").len(), 2);
+    assert_eq!(wrong("keyring.rs", "use crate::{run, kms};").len(), 2);
 }
 
 #[test]
@@ -76,31 +99,35 @@ fn what_is_allowed_is_not_found() {
         ),
         (
             "kms/mod.rs",
-            "// use crate::config;\n/* /* use crate::config; */ crate::run */",
+            "// use crate::proxy;\n/* /* use hsm_config; */ crate::run */",
         ),
         (
             "kms/mod.rs",
-            "const S: &str = \"use crate::config;\"; const C: char = '\\'';",
+            "const S: &str = \"use crate::proxy;\"; const C: char = '\\'';",
         ),
         (
             "kms/mod.rs",
-            "const R: &str = r#\"\"crate::config\"#; fn b() { b\"crate::run\"; }",
+            "const R: &str = r#\"\"crate::proxy\"#; fn b() { b\"crate::run\"; }",
         ),
         (
             "kms/mod.rs",
-            "mod tests { use super::*; use super::config; }",
+            "mod tests { use super::*; use super::proxy; }",
         ),
         (
             "kms/service.rs",
-            "use super::messages::Incoming; use super::config;",
+            "use super::messages::Incoming; use super::proxy;",
         ),
         (
             "kms/mod.rs",
-            "use serde::config; use other::crate_config::run;",
+            "use serde::proxy; use other::hsm_config::run;",
         ),
-        ("config/mod.rs", "use crate::kms::WhenLost;"),
-        ("run/mod.rs", "use crate::{config, kms, proxy};"),
-        ("main.rs", "mod kms; use run::go; use crate::config;"),
+        ("kms/mod.rs", "pub(crate) use hsm_config::WhenLost;"),
+        ("pin.rs", "use hsm_config::pin::{PinFile, Source};"),
+        (
+            "run/mod.rs",
+            "use crate::{kms, proxy}; use hsm_config::Config;",
+        ),
+        ("main.rs", "mod kms; use run::go; use hsm_config::report;"),
     ] {
         assert_eq!(wrong(file, source), [""; 0], "{file}: {source}");
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use hsm_wire::uri::{Uri, nearest};
 
-use super::reader::{Complaint, Cursor};
+use crate::reader::{Complaint, Cursor};
 
 /// Room for the terminating zero in `sun_path`, which has 108 bytes.
 const MAX_SOCKET_NAME: usize = 107;

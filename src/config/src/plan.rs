@@ -19,12 +19,11 @@
 
 use thiserror::Error;
 
-use super::Config;
-use crate::keyring::{ClusterNames, KeyRule, KeyState};
+use crate::{ClusterNames, Config, KeyRule, KeyState};
 
 /// Why a configuration must not follow the running one.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
-pub(crate) enum Illegal {
+pub enum Illegal {
     /// An epoch changes its key.
     #[error("epoch {epoch} belongs to {old} and cannot be given to {new}")]
     EpochReused {
@@ -101,7 +100,7 @@ pub(crate) enum Illegal {
 
 impl Illegal {
     /// What to do instead.
-    pub(crate) fn hint(&self) -> String {
+    pub fn hint(&self) -> String {
         match self {
             Self::EpochReused { .. } => {
                 "give the new key an epoch above every other; if it is the same key under another URI, keep the URI as it was".to_owned()
@@ -131,7 +130,7 @@ impl Illegal {
 }
 
 /// `Ok` if a daemon that runs `old` may go on with `new`; else the first reason against it.
-pub(crate) fn check(old: &Config, new: &Config) -> Result<(), Illegal> {
+pub fn check(old: &Config, new: &Config) -> Result<(), Illegal> {
     check_clusters(&old.clusters, &new.clusters)?;
     check_keys(&old.kms.keys, &new.kms.keys)
 }

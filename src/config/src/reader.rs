@@ -12,8 +12,8 @@ use std::ops::RangeInclusive;
 
 use hsm_wire::uri::nearest;
 
-use super::document::{self, Key, Node, Step};
-use super::error::{Errors, Problem};
+use crate::document::{self, Key, Node, Step};
+use crate::error::{Errors, Problem};
 
 /// A person mends the first few and runs the check again; and each costs one walk over the file.
 const MAX_LISTED: usize = 32;

@@ -1,11 +1,8 @@
 //! The `kms` section: where kube-apiserver finds us, who may call, and which keys seal.
 
-use super::reader::{Complaint, Cursor};
-use super::values;
-use crate::keyring::{KeyRule, KeyState};
-use crate::kms::WhenLost;
-use crate::listen::Endpoint;
-use crate::peer::Rules;
+use crate::reader::{Complaint, Cursor};
+use crate::values;
+use crate::{Endpoint, KeyRule, KeyState, Rules, WhenLost};
 use hsm_wire::uri::{ObjectType, Uri};
 
 const MAX_ENDPOINTS: usize = 8;
@@ -14,15 +11,15 @@ const MAX_UIDS: usize = 16;
 
 /// The KMS v2 face.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Kms {
+pub struct Kms {
     /// In place of the built-in sockets, if the file says so.
-    pub(crate) listen: Option<Vec<Endpoint>>,
+    pub listen: Option<Vec<Endpoint>>,
     /// What Status says while the HSM is lost.
-    pub(crate) when_lost: WhenLost,
+    pub when_lost: WhenLost,
     /// Exactly one is active; retired ones have lower epochs, pending ones higher.
-    pub(crate) keys: Vec<KeyRule>,
+    pub keys: Vec<KeyRule>,
     /// Who may call.
-    pub(crate) peers: Rules,
+    pub peers: Rules,
 }
 
 pub(super) fn read(cursor: &Cursor<'_>) -> Option<Kms> {

@@ -58,7 +58,7 @@ impl Problem {
 
 /// All mistakes of one file. Never empty.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Errors {
+pub struct Errors {
     file: String,
     problems: Vec<Problem>,
     /// Found, but too many to list.
@@ -90,7 +90,7 @@ impl Errors {
     }
 
     /// All of it for a person: `error:`, `caused by:`, `hint:`, and how many they are.
-    pub(crate) fn report(&self) -> String {
+    pub fn report(&self) -> String {
         let mut entries: Vec<String> = self
             .problems
             .iter()

@@ -15,10 +15,10 @@ use std::fmt;
 use serde::Deserialize;
 use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
-use super::error::{Errors, Position, Problem};
+use crate::error::{Errors, Position, Problem};
 
 /// A file with eight tokens and sixty-four keys takes some 20 KiB; more than this is not ours.
-pub(crate) const MAX_BYTES: usize = 256 * 1024;
+pub const MAX_BYTES: usize = 256 * 1024;
 
 /// The same file has about a thousand values.
 const MAX_VALUES: usize = 8 * 1024;

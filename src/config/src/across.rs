@@ -2,9 +2,8 @@
 
 use std::path::Path;
 
-use super::reader::{Complaint, Cursor, Way};
-use super::{Config, tokens};
-use crate::listen::Endpoint;
+use crate::reader::{Complaint, Cursor, Way};
+use crate::{Config, Endpoint, tokens};
 
 /// A key on a token that nobody configured would never be found.
 pub(super) fn keys_name_configured_tokens(root: &Cursor<'_>, config: &Config) {

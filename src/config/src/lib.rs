@@ -11,17 +11,23 @@
 //! | `values` | names, paths, durations, modes |
 //! | `tokens`, `kms` | the two sections |
 //! | `across` | what must hold between sections |
+//! | `rules`, `endpoint`, [`pin`] | the values that come out of it, for those who know no configuration |
 //! | [`plan`] | may this configuration follow that one? |
+//! | [`report`] | how errors are printed for a person |
 //!
 //! **Invariant:** no message repeats a value from `pin` or `env`, where a secret may stand by mistake.
 //! **Invariant:** a [`Config`] comes from [`parse`] only.
 
 mod across;
 mod document;
+mod endpoint;
 mod error;
 mod kms;
-pub(crate) mod plan;
+pub mod pin;
+pub mod plan;
 mod reader;
+pub mod report;
+mod rules;
 mod tokens;
 mod values;
 
@@ -29,34 +35,35 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-pub(crate) use document::MAX_BYTES;
-pub(crate) use error::Errors;
-pub(crate) use kms::Kms;
-pub(crate) use tokens::Token;
+pub use document::MAX_BYTES;
+pub use endpoint::{Endpoint, EndpointError};
+pub use error::Errors;
+pub use kms::Kms;
+pub use rules::{ClusterNames, KeyRule, KeyState, Rules, WhenLost};
+pub use tokens::{Pin, Token};
 
-use crate::keyring::ClusterNames;
-use crate::listen::Endpoint;
 use document::Node;
 use error::Problem;
 use reader::{Complaint, Cursor, Fields, Log};
 
 /// A checked configuration.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Config {
+#[non_exhaustive]
+pub struct Config {
     /// Whose Secrets are sealed, and under which former names they still open.
-    pub(crate) clusters: ClusterNames,
+    pub clusters: ClusterNames,
     /// In the order in which keys are looked for.
-    pub(crate) tokens: Vec<Token>,
+    pub tokens: Vec<Token>,
     /// The KMS v2 face.
-    pub(crate) kms: Kms,
+    pub kms: Kms,
     /// Where the notes on refused PINs are kept.
-    pub(crate) state_dirs: Vec<PathBuf>,
+    pub state_dirs: Vec<PathBuf>,
     /// Where health is served, if the file says so.
-    pub(crate) health_listen: Option<Endpoint>,
+    pub health_listen: Option<Endpoint>,
 }
 
 /// Reads and checks a file.
-pub(crate) fn load(path: &Path) -> Result<Config, Errors> {
+pub fn load(path: &Path) -> Result<Config, Errors> {
     let file = path.display().to_string();
     let mut bytes = Vec::new();
     let read = File::open(path)
@@ -67,7 +74,7 @@ pub(crate) fn load(path: &Path) -> Result<Config, Errors> {
 }
 
 /// The limits that come before any parser: a content at all, its size, its encoding.
-pub(crate) fn decode(read: Result<Vec<u8>, String>, file: &str) -> Result<String, Errors> {
+pub fn decode(read: Result<Vec<u8>, String>, file: &str) -> Result<String, Errors> {
     let bytes = read.map_err(|cause| {
         Errors::one(
             file,
@@ -93,7 +100,7 @@ pub(crate) fn decode(read: Result<Vec<u8>, String>, file: &str) -> Result<String
 }
 
 /// Checks a text; `file` names it in errors.
-pub(crate) fn parse(text: &str, file: &str) -> Result<Config, Errors> {
+pub fn parse(text: &str, file: &str) -> Result<Config, Errors> {
     let document = document::parse(text, file)?;
     if document == Node::Nothing {
         let problem = Problem::new("the file is empty").hint(
@@ -106,39 +113,6 @@ pub(crate) fn parse(text: &str, file: &str) -> Result<Config, Errors> {
         Some(config) if log.is_empty() => Ok(config),
         _ => Err(log.into_errors(text, file)),
     }
-}
-
-/// `hsmd check FILE`: what to print on stdout and stderr, and the exit code.
-pub(crate) fn check_command(path: &Path) -> (String, String, u8) {
-    match load(path) {
-        Ok(config) => (summary(&config, path), String::new(), 0),
-        Err(errors) => (String::new(), errors.report(), 1),
-    }
-}
-
-fn summary(config: &Config, path: &Path) -> String {
-    let mut out = format!(
-        "{}: ok: cluster `{}`\n",
-        path.display(),
-        config.clusters.own
-    );
-    for token in &config.tokens {
-        out += &format!(
-            "  token {}: {} by {}\n",
-            token.name,
-            token.uri,
-            token.module.display()
-        );
-    }
-    for key in &config.kms.keys {
-        out += &format!(
-            "  key {}: {}, epoch {}\n",
-            key.uri,
-            key.state.name(),
-            key.epoch
-        );
-    }
-    out
 }
 
 fn read(root: &Cursor<'_>) -> Option<Config> {

@@ -7,9 +7,9 @@ use std::time::Duration;
 use hsm_token_client as client;
 use hsm_wire::uri::Uri;
 
-use super::reader::{Complaint, Cursor, Fields};
-use super::values;
 use crate::pin;
+use crate::reader::{Complaint, Cursor, Fields};
+use crate::values;
 
 /// More tokens than any node has; each costs a process.
 const MAX_TOKENS: usize = 8;
@@ -21,42 +21,46 @@ const HOST_ID: u32 = 64500;
 
 /// One token as the file describes it. Equal values need no new host.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Token {
+pub struct Token {
     /// In logs, health and metrics.
-    pub(crate) name: String,
+    pub name: String,
     /// Token attributes only.
-    pub(crate) uri: Uri,
+    pub uri: Uri,
     /// The vendor's module.
-    pub(crate) module: PathBuf,
+    pub module: PathBuf,
     /// How to log in.
-    pub(crate) pin: Pin,
+    pub pin: Pin,
     /// Session threads in the host.
-    pub(crate) sessions: u16,
+    pub sessions: u16,
     /// A vendor call that takes longer is stuck.
-    pub(crate) call_timeout: Duration,
+    pub call_timeout: Duration,
     /// How the host starts.
-    pub(crate) launch: client::Launch,
+    pub launch: client::Launch,
 }
 
 /// Where the PIN is, and how often it was changed.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Pin {
+pub struct Pin {
     /// Where it is read for each host that starts.
-    pub(crate) source: pin::Source,
+    pub source: pin::Source,
     /// A refused PIN is tried again only under a higher one.
-    pub(crate) generation: u32,
+    pub generation: u32,
 }
 
 impl Token {
-    /// For the crate that runs tokens.
-    pub(crate) fn to_client(&self, state_dirs: &[PathBuf]) -> client::Config {
+    /// For the crate that runs tokens. `pin` reads what [`Pin::source`] describes.
+    pub fn to_client(
+        &self,
+        state_dirs: &[PathBuf],
+        pin: Arc<dyn client::PinSource>,
+    ) -> client::Config {
         client::Config {
             name: self.name.clone(),
             uri: self.uri.to_string(),
             module: self.module.clone(),
             sessions: self.sessions,
             call_timeout: self.call_timeout,
-            pin: Some(Arc::new(self.pin.source.clone())),
+            pin: Some(pin),
             pin_generation: self.pin.generation,
             state_dirs: state_dirs.to_vec(),
             launch: self.launch.clone(),

@@ -5,7 +5,7 @@
 use std::error::Error;
 
 /// `error:`, one `caused by:` per cause, `hint:`.
-pub(crate) fn entry<'a>(
+pub fn entry<'a>(
     what: &str,
     causes: impl IntoIterator<Item = &'a str>,
     hint: Option<&str>,
@@ -21,7 +21,7 @@ pub(crate) fn entry<'a>(
 }
 
 /// An error with all its sources.
-pub(crate) fn chain(error: &dyn Error, hint: Option<&str>) -> String {
+pub fn chain(error: &dyn Error, hint: Option<&str>) -> String {
     let mut causes = Vec::new();
     let mut next = error.source();
     while let Some(cause) = next {

@@ -4,8 +4,6 @@ use std::fmt;
 use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
 
-use crate::peer::EndpointKind;
-
 /// Owner of a path socket unless configuration says otherwise: kube-apiserver's user on Talos.
 const DEFAULT_OWNER: u32 = 65534;
 /// Mode of a path socket unless configuration says otherwise.
@@ -15,7 +13,7 @@ const ABSTRACT_NAME_LIMIT: usize = 107;
 
 /// A place to listen at.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Endpoint {
+pub enum Endpoint {
     /// A socket file.
     Path {
         /// Absolute and without `.` or `..`.
@@ -33,7 +31,7 @@ pub(crate) enum Endpoint {
 
 /// Why an endpoint cannot be.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum EndpointError {
+pub enum EndpointError {
     /// Not a URI of ours.
     #[error("{0:?} is not unix:///PATH or unix:///@NAME")]
     NotAUnixUri(String),
@@ -62,7 +60,7 @@ pub(crate) enum EndpointError {
 
 impl Endpoint {
     /// A socket file with a given owner and mode.
-    pub(crate) fn path(
+    pub fn path(
         path: impl Into<PathBuf>,
         mode: u32,
         uid: u32,
@@ -96,20 +94,12 @@ impl Endpoint {
     }
 
     /// A name in the abstract namespace.
-    pub(crate) fn abstract_name(name: impl Into<String>) -> Result<Self, EndpointError> {
+    pub fn abstract_name(name: impl Into<String>) -> Result<Self, EndpointError> {
         let name = name.into();
         if name.is_empty() || name.len() > ABSTRACT_NAME_LIMIT || name.contains('\0') {
             return Err(EndpointError::AbstractName(name));
         }
         Ok(Self::Abstract(name))
-    }
-
-    /// Which rules its peers meet.
-    pub(crate) fn kind(&self) -> EndpointKind {
-        match self {
-            Self::Path { .. } => EndpointKind::Path,
-            Self::Abstract(_) => EndpointKind::Abstract,
-        }
     }
 }
 
@@ -157,7 +147,6 @@ mod tests {
             endpoint,
             Endpoint::path("/run/hsm/kms.sock", 0o600, 65534, 65534).unwrap()
         );
-        assert_eq!(endpoint.kind(), EndpointKind::Path);
         assert_eq!(endpoint.to_string(), "unix:///run/hsm/kms.sock");
     }
 
@@ -165,7 +154,6 @@ mod tests {
     fn an_at_sign_makes_the_name_abstract_as_in_kube_apiserver() {
         let endpoint: Endpoint = "unix:///@hsm-kms".parse().unwrap();
         assert_eq!(endpoint, Endpoint::Abstract("hsm-kms".into()));
-        assert_eq!(endpoint.kind(), EndpointKind::Abstract);
         assert_eq!(endpoint.to_string(), "unix:///@hsm-kms");
     }
 

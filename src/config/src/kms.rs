@@ -172,12 +172,23 @@ fn in_order(items: &[Cursor<'_>], keys: &[KeyRule], active: &KeyRule) {
 }
 
 fn key(cursor: &Cursor<'_>) -> Option<KeyRule> {
-    let fields = cursor.fields(&["uri", "epoch", "state", "backup"])?;
+    let fields = cursor.fields(&["uri", "epoch", "state", "backup", "allow_rsa_oaep"])?;
+    let allow_rsa_oaep = fields.or("allow_rsa_oaep", false, |cursor| cursor.boolean());
     let uri = fields.required(
         "uri",
         "uri: pkcs11:token=…;object=…;type=secret-key",
-        key_uri,
+        // Where the permission itself cannot be read, that is the mistake to report.
+        |cursor| key_uri(cursor, allow_rsa_oaep.unwrap_or(true)),
     );
+    if let (Some(true), Some(uri), Some(cursor)) =
+        (allow_rsa_oaep, &uri, fields.get("allow_rsa_oaep"))
+        && uri.object_type != Some(ObjectType::Private)
+    {
+        return cursor.complain(
+            Complaint::new("goes with a URI of `type=private` only")
+                .hint("leave it out: a secret key needs no permission"),
+        );
+    }
     let epoch = fields.required("epoch", "epoch: 1", |cursor| cursor.integer(1..=u32::MAX));
     let state = fields.required("state", "state: pending", |cursor| {
         cursor.word(&[
@@ -200,10 +211,11 @@ fn key(cursor: &Cursor<'_>) -> Option<KeyRule> {
         epoch: epoch?.into(),
         state: state?,
         backup_acknowledged,
+        allow_rsa_oaep: allow_rsa_oaep?,
     })
 }
 
-fn key_uri(cursor: &Cursor<'_>) -> Option<Uri> {
+fn key_uri(cursor: &Cursor<'_>, allow_rsa_oaep: bool) -> Option<Uri> {
     let uri = values::uri(cursor)?;
     if uri.object.is_none() && uri.id.is_none() {
         return cursor.complain(
@@ -211,12 +223,17 @@ fn key_uri(cursor: &Cursor<'_>) -> Option<Uri> {
                 .hint("add `;object=LABEL` or `;id=%01…`, so that it matches exactly one"),
         );
     }
-    if !matches!(uri.object_type, None | Some(ObjectType::SecretKey)) {
-        return cursor.complain(
+    match uri.object_type {
+        None | Some(ObjectType::SecretKey) => Some(uri),
+        Some(ObjectType::Private) if allow_rsa_oaep => Some(uri),
+        Some(ObjectType::Private) => cursor.complain(
+            Complaint::new("names a private key, which seals by RSA-OAEP only if the rule allows it")
+                .hint("use an AES key, `type=secret-key`; where the token can wrap with none, add `allow_rsa_oaep: true` (slower, and the token needs a key for HMAC with the same id)"),
+        ),
+        Some(_) => cursor.complain(
             Complaint::new("names an object that is no secret key").hint("write `type=secret-key`"),
-        );
+        ),
     }
-    Some(uri)
 }
 
 fn peers(cursor: &Cursor<'_>) -> Option<Rules> {

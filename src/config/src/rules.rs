@@ -37,6 +37,9 @@ pub struct KeyRule {
     pub state: KeyState,
     /// The operator said that a copy of the key exists elsewhere.
     pub backup_acknowledged: bool,
+    /// The URI names an RSA private key and the operator wants it so: everything that opens an
+    /// envelope then takes an asymmetric operation. True exactly where the URI says `type=private`.
+    pub allow_rsa_oaep: bool,
 }
 
 /// Names under which envelopes were and are sealed.

@@ -11,6 +11,7 @@ use proptest::prelude::*;
 use super::*;
 
 const EVERYTHING: &str = include_str!("../../agent/tests/cmd/check/everything-set.yaml");
+const RSA: &str = include_str!("../../agent/tests/cmd/check/rsa-key-allowed.yaml");
 const DEFAULTS: &str = include_str!("../../agent/tests/cmd/check/defaults.yaml");
 
 struct NoPin;
@@ -103,6 +104,21 @@ fn what_is_left_out_has_its_default() {
     assert!(token.launch.program.is_absolute());
     let isolation = token.launch.isolation.as_ref().unwrap();
     assert_eq!((isolation.uid, isolation.gid), (64500, 64500));
+}
+
+#[test]
+fn an_rsa_key_is_a_key_only_with_its_permission() {
+    let config = parse(RSA, "f").unwrap();
+    assert!(config.kms.keys[0].allow_rsa_oaep);
+    let config = parse(EVERYTHING, "f").unwrap();
+    assert!(config.kms.keys.iter().all(|key| !key.allow_rsa_oaep));
+    for (text, with) in [
+        ("      allow_rsa_oaep: true\n", ""),
+        ("allow_rsa_oaep: true", "allow_rsa_oaep: false"),
+        (";type=private", ""),
+    ] {
+        assert!(parse(&RSA.replace(text, with), "f").is_err(), "{with}");
+    }
 }
 
 #[test]

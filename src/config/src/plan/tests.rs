@@ -17,6 +17,7 @@ fn rule(key: &str, epoch: u64, state: KeyState) -> KeyRule {
         epoch,
         state,
         backup_acknowledged: true,
+        allow_rsa_oaep: false,
     }
 }
 

@@ -10,7 +10,9 @@
 //! that can be set too late, each looks afterwards whether the parent is still there.
 //!
 //! *Caveats.* The network is the host's: that is where the HSM is. Abstract sockets therefore can be
-//! reached by name, and the daemon tells its callers apart by more than their uid.
+//! reached by name, and the daemon tells its callers apart by more than their uid. `/etc` is the
+//! host's, live: if the daemon's folder in it is removed and made anew while a host runs, the cover
+//! over it is gone, and its files' modes alone keep them from the module's user.
 
 mod privileges;
 mod root;

@@ -8,12 +8,19 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use hsm_wire::fault::{Fault, FaultKind};
 use hsm_wire::host::Request;
 use support::hostile::{Hostile, module};
 use support::{Host, PATIENCE, SOFTHSM, SoftHsm, Start, open, open_module};
+
+/// One test at a time: some make and remove `/etc/hsm`, and a host that is just being isolated fails
+/// closed when that happens under its hands.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// A file in one of the daemon's own folders, readable for everybody, for as long as this lives.
 struct Planted {
@@ -60,20 +67,19 @@ fn findings(hostile: &Hostile) -> HashMap<String, String> {
 
 #[test]
 fn a_module_that_looks_around_finds_nothing_of_the_node() {
+    let _alone = alone();
     look_around(None);
 }
 
 #[test]
 fn nor_does_it_where_a_container_runtime_forbids_pivot_root() {
+    let _alone = alone();
     look_around(Some(nix::libc::SYS_pivot_root));
 }
 
 fn look_around(forbidden: Option<i64>) {
     let hostile = Hostile::new();
     hostile.rules("load spy\n");
-    // Both tests that look around plant the same files.
-    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-    let _guard = ONE_AT_A_TIME.lock();
     let pin = Planted::in_folder("/etc/hsm", "pin");
     let latch = Planted::in_folder("/run/hsm", "latch");
     let state = Planted::in_folder("/var/lib/hsm", "latch");
@@ -200,6 +206,7 @@ fn look_around(forbidden: Option<i64>) {
 
 #[test]
 fn of_the_daemons_folder_only_what_is_named_is_shown() {
+    let _alone = alone();
     let hostile = Hostile::new();
     hostile.rules("load spy\n");
     let named = Planted::in_folder("/etc/hsm", "vendor.conf");
@@ -226,6 +233,7 @@ fn of_the_daemons_folder_only_what_is_named_is_shown() {
 
 #[test]
 fn the_process_that_waits_outside_has_no_privilege_and_no_socket() {
+    let _alone = alone();
     let token = SoftHsm::new();
     let host = Host::open(&Start::for_token(&token), open());
     let proc = PathBuf::from(format!("/proc/{}", host.child.id()));
@@ -250,6 +258,7 @@ fn the_process_that_waits_outside_has_no_privilege_and_no_socket() {
 
 #[test]
 fn a_socket_that_is_named_can_be_used() {
+    let _alone = alone();
     // As smart-card and HSM daemons have: the network is not the only way to a token.
     let hostile = Hostile::new();
     hostile.rules("load spy\n");
@@ -280,6 +289,7 @@ fn refused(start: &Start, module: impl AsRef<Path>) -> Fault {
 
 #[test]
 fn a_path_that_is_not_there_is_named_and_nothing_is_loaded() {
+    let _alone = alone();
     let hostile = Hostile::new();
     hostile.rules("load spy\n");
     let mut start = hostile.start();
@@ -294,6 +304,7 @@ fn a_path_that_is_not_there_is_named_and_nothing_is_loaded() {
 
 #[test]
 fn without_the_privilege_to_isolate_nothing_is_loaded() {
+    let _alone = alone();
     let hostile = Hostile::new();
     hostile.rules("load spy\n");
     let start = hostile.start();
@@ -326,6 +337,7 @@ fn without_the_privilege_to_isolate_nothing_is_loaded() {
 
 #[test]
 fn a_module_behind_links_is_found_where_they_lead() {
+    let _alone = alone();
     let token = SoftHsm::new();
     let folder = tempfile::tempdir().expect("folder");
     let version = folder.path().join("v2");
@@ -341,6 +353,7 @@ fn a_module_behind_links_is_found_where_they_lead() {
 
 #[test]
 fn state_in_a_folder_below_one_that_is_shown_can_be_written_to() {
+    let _alone = alone();
     // As a vendor does that keeps its state beside its library.
     let token = SoftHsm::new();
     let vendor = tempfile::Builder::new()
@@ -379,6 +392,7 @@ fn state_in_a_folder_below_one_that_is_shown_can_be_written_to() {
 
 #[test]
 fn it_runs_under_an_explicit_loader_with_the_modules_libraries_beside_it() {
+    let _alone = alone();
     let token = SoftHsm::new();
     let vendor = tempfile::Builder::new()
         .prefix("hsm-token-loader-")
@@ -422,13 +436,14 @@ fn it_runs_under_an_explicit_loader_with_the_modules_libraries_beside_it() {
     let outcome = host.ask(&Request::Open(open_module(&module))).outcome;
     // The loader goes on to the system's folders, which a test machine has and Talos has not.
     if let Err(fault) = outcome {
-        assert_eq!(fault.kind, FaultKind::ModuleLoad);
+        assert_eq!(fault.kind, FaultKind::ModuleLoad, "{fault}");
         assert!(fault.detail.contains("libcrypto"), "{fault}");
     }
 }
 
 #[test]
 fn without_isolation_the_module_runs_as_the_caller() {
+    let _alone = alone();
     let token = SoftHsm::new();
     let mut host = Host::open(&Start::plain(token.env()), open());
     let key = host.key();

@@ -5,7 +5,7 @@ use std::io;
 use caps::CapSet;
 use hsm_wire::fault::Fault;
 use nix::sys::prctl;
-use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{Gid, Uid, getresgid, getresuid, setgroups, setresgid, setresuid};
 
 use super::step;
@@ -35,8 +35,7 @@ pub(crate) fn drop_all(uid: u32, gid: u32) -> Result<(), Fault> {
             step("capset", format!("drop its {set:?} capabilities"))(io::Error::other(error))
         })
     };
-    setrlimit(Resource::RLIMIT_NPROC, MAX_PROCESSES, MAX_PROCESSES)
-        .map_err(|errno| step("setrlimit", "limit its processes")(errno.into()))?;
+    limit_processes().map_err(|errno| step("setrlimit", "limit its processes")(errno.into()))?;
     // The bounding set first: dropping from it takes CAP_SETPCAP.
     clear(CapSet::Bounding)?;
     clear(CapSet::Ambient)?;
@@ -54,6 +53,13 @@ pub(crate) fn drop_all(uid: u32, gid: u32) -> Result<(), Fault> {
     // The change of the user has reset it to what the system is set to.
     seal_memory()?;
     check(user, group)
+}
+
+/// Never more than it was: to raise a hard limit takes CAP_SYS_RESOURCE.
+fn limit_processes() -> nix::Result<()> {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NPROC)?;
+    let limit = hard.min(MAX_PROCESSES);
+    setrlimit(Resource::RLIMIT_NPROC, limit, limit)
 }
 
 /// Asks the kernel, instead of believing that nothing was forgotten above.

@@ -28,7 +28,7 @@ use super::messages::{
     DecryptRequest, DecryptResponse, EncryptRequest, EncryptResponse, Incoming, KmsCodec,
     MAX_REQUEST_LEN, Outgoing, StatusRequest, StatusResponse,
 };
-use super::{Face, WhenLost};
+use super::{Counters, Face, WhenLost};
 use crate::keyring::KeyringError;
 
 /// Requests of one connection under way at once. A 1.37 API server decodes ten watch events a
@@ -194,6 +194,7 @@ async fn encrypt(
     deadline: Instant,
 ) -> Result<EncryptResponse, Status> {
     let EncryptRequest { plaintext, uid } = request;
+    let call = Call::begin(&face, Kind::Encrypt, uid);
     let sealed = async {
         let plaintext = plaintext.ok_or_else(|| Status::invalid_argument("plaintext is empty"))?;
         if plaintext.is_empty() {
@@ -209,18 +210,8 @@ async fn encrypt(
         keyring.seal(plaintext, deadline).await.map_err(to_status)
     }
     .await;
-    match sealed {
-        Ok((ciphertext, key_id)) => {
-            count(&face.counters.encrypt_ok);
-            tracing::debug!(uid, key_id, "encrypted");
-            Ok(EncryptResponse { ciphertext, key_id })
-        }
-        Err(status) => {
-            count(&face.counters.encrypt_failed);
-            tracing::warn!(uid, code = ?status.code(), reason = status.message(), "encrypt failed");
-            Err(status)
-        }
-    }
+    let (ciphertext, key_id) = call.end(sealed)?;
+    Ok(EncryptResponse { ciphertext, key_id })
 }
 
 async fn decrypt(
@@ -234,6 +225,7 @@ async fn decrypt(
         key_id,
         annotations,
     } = request;
+    let call = Call::begin(&face, Kind::Decrypt, uid);
     let opened = async {
         if annotations {
             return Err(Status::invalid_argument(
@@ -246,22 +238,71 @@ async fn decrypt(
                 key_id.len()
             )));
         }
-        face.open(ciphertext, key_id, deadline).await.map_err(to_status)
+        face.open(ciphertext, key_id, deadline)
+            .await
+            .map_err(to_status)
     }
     .await;
-    match opened {
-        Ok((plaintext, listed)) => {
-            count(&face.counters.decrypt_ok);
-            if !listed {
-                count(&face.counters.decrypt_unlisted);
-            }
-            tracing::debug!(uid, "decrypted");
-            Ok(DecryptResponse { plaintext })
+    let (plaintext, listed) = call.end(opened)?;
+    if !listed {
+        count(&face.counters.decrypt_unlisted);
+    }
+    Ok(DecryptResponse { plaintext })
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Encrypt,
+    Decrypt,
+}
+
+/// Counts and logs one call, also one that is dropped before it has an answer: its deadline passed or
+/// its client hung up. While a module hangs, every call ends so.
+struct Call {
+    /// None once it has ended.
+    face: Option<Arc<Face>>,
+    kind: Kind,
+    uid: String,
+}
+
+impl Call {
+    fn begin(face: &Arc<Face>, kind: Kind, uid: String) -> Self {
+        Self {
+            face: Some(Arc::clone(face)),
+            kind,
+            uid,
         }
-        Err(status) => {
-            count(&face.counters.decrypt_failed);
-            tracing::warn!(uid, code = ?status.code(), reason = status.message(), "decrypt failed");
-            Err(status)
+    }
+
+    fn end<T>(mut self, outcome: Result<T, Status>) -> Result<T, Status> {
+        if let Some(face) = self.face.take() {
+            self.tell(&face.counters, outcome.as_ref().err());
+        }
+        outcome
+    }
+
+    fn tell(&self, counters: &Counters, failed: Option<&Status>) {
+        count(match (self.kind, failed) {
+            (Kind::Encrypt, None) => &counters.encrypt_ok,
+            (Kind::Encrypt, Some(_)) => &counters.encrypt_failed,
+            (Kind::Decrypt, None) => &counters.decrypt_ok,
+            (Kind::Decrypt, Some(_)) => &counters.decrypt_failed,
+        });
+        let (call, uid) = (self.kind, &self.uid);
+        match failed {
+            None => tracing::debug!(?call, uid, "answered"),
+            Some(status) => {
+                tracing::warn!(?call, uid, code = ?status.code(), reason = status.message(), "failed");
+            }
+        }
+    }
+}
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        if let Some(face) = self.face.take() {
+            let given_up = Status::deadline_exceeded("the deadline passed or the client hung up");
+            self.tell(&face.counters, Some(&given_up));
         }
     }
 }

@@ -13,6 +13,8 @@
 //! 4. **No node seals what another cannot open.** A key becomes active only if the running
 //!    configuration already lists it, so that every node that has it can open.
 //! 5. **A cluster keeps its name or remembers it.** A former name goes into `accept_clusters`.
+//! 6. **No node seals under a name that another refuses.** A new name has been in `accept_clusters`
+//!    before it becomes the cluster's, as a new key has been pending before it is active.
 //!
 //! The first configuration has none before it and may activate at once. A key is known by its URI,
 //! attribute by attribute: under another URI it is another key here, whatever the token says.
@@ -88,6 +90,14 @@ pub enum Illegal {
         /// The highest one that was active.
         highest: u64,
     },
+    /// The new name is sealed under before the other nodes accept it.
+    #[error(
+        "the cluster cannot become `{new}` at once: the running configuration does not accept that name"
+    )]
+    ClusterNotAnnounced {
+        /// Wanted.
+        new: String,
+    },
     /// The old name is forgotten.
     #[error("the cluster is `{old}` and cannot become `{new}` while `{old}` is not accepted")]
     ClusterForgotten {
@@ -122,6 +132,9 @@ impl Illegal {
             Self::EpochPassed { highest, .. } => {
                 format!("give it epoch {} or above", highest.saturating_add(1))
             }
+            Self::ClusterNotAnnounced { new } => {
+                format!("add `{new}` to accept_clusters on every node first, then rename the cluster")
+            }
             Self::ClusterForgotten { old, .. } => {
                 format!("add `{old}` to accept_clusters: its Secrets still have to open")
             }
@@ -136,13 +149,21 @@ pub fn check(old: &Config, new: &Config) -> Result<(), Illegal> {
 }
 
 fn check_clusters(old: &ClusterNames, new: &ClusterNames) -> Result<(), Illegal> {
-    if old.own == new.own || new.accepted.contains(&old.own) {
+    if old.own == new.own {
         return Ok(());
     }
-    Err(Illegal::ClusterForgotten {
-        old: old.own.clone(),
-        new: new.own.clone(),
-    })
+    if !new.accepted.contains(&old.own) {
+        return Err(Illegal::ClusterForgotten {
+            old: old.own.clone(),
+            new: new.own.clone(),
+        });
+    }
+    if !old.accepted.contains(&new.own) {
+        return Err(Illegal::ClusterNotAnnounced {
+            new: new.own.clone(),
+        });
+    }
+    Ok(())
 }
 
 fn check_keys(old: &[KeyRule], new: &[KeyRule]) -> Result<(), Illegal> {

@@ -47,7 +47,7 @@ pub struct KeyRule {
 pub struct ClusterNames {
     /// Seals and opens.
     pub own: String,
-    /// Former names whose envelopes still open.
+    /// Former names whose envelopes still open, or the next one before it is its own.
     pub accepted: Vec<String>,
 }
 

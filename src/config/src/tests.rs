@@ -173,8 +173,18 @@ fn a_plan_compares_whole_configurations() {
         plan::check(&old, &new),
         Err(plan::Illegal::ClusterForgotten { .. })
     ));
-    let remembered = format!("{renamed}accept_clusters: [rciis-production]\n");
-    assert_eq!(plan::check(&old, &parse(&remembered, "f").unwrap()), Ok(()));
+    let remembered = parse(
+        &format!("{renamed}accept_clusters: [rciis-production]\n"),
+        "f",
+    );
+    let remembered = remembered.unwrap();
+    assert!(matches!(
+        plan::check(&old, &remembered),
+        Err(plan::Illegal::ClusterNotAnnounced { .. })
+    ));
+    let announced = parse(&format!("{DEFAULTS}accept_clusters: [other]\n"), "f").unwrap();
+    assert_eq!(plan::check(&old, &announced), Ok(()));
+    assert_eq!(plan::check(&announced, &remembered), Ok(()));
     let key = DEFAULTS.replace("k8s-secrets-kek", "another");
     assert!(matches!(
         plan::check(&old, &parse(&key, "f").unwrap()),

@@ -136,11 +136,21 @@ fn a_pending_key_below_what_was_active_cannot_be_activated() {
 
 #[test]
 fn a_cluster_may_be_renamed_only_while_it_remembers_its_name() {
-    let old = names("a", &[]);
+    let old = names("a", &["b"]);
     assert!(check_clusters(&old, &names("b", &[])).is_err());
     assert!(check_clusters(&old, &names("b", &["z"])).is_err());
     assert!(check_clusters(&old, &names("b", &["z", "a"])).is_ok());
     assert!(check_clusters(&old, &names("a", &["z"])).is_ok());
+}
+
+#[test]
+fn a_cluster_may_be_renamed_only_to_a_name_that_is_accepted_already() {
+    let renamed = names("b", &["a"]);
+    assert_eq!(
+        check_clusters(&names("a", &["z"]), &renamed),
+        Err(Illegal::ClusterNotAnnounced { new: "b".into() })
+    );
+    assert_eq!(check_clusters(&names("a", &["z", "b"]), &renamed), Ok(()));
 }
 
 #[test]
@@ -303,6 +313,8 @@ proptest! {
                 Some(old) => {
                     let opens: BTreeSet<&String> = new.accepted.iter().chain([&new.own]).collect();
                     prop_assert!(opens.contains(&old.own));
+                    // A node that still runs the old one opens what this one seals.
+                    prop_assert!(old.own == new.own || old.accepted.contains(&new.own));
                 }
                 None => {}
             }

@@ -1,7 +1,8 @@
 # The release binaries, side by side as they are installed.
 #
 # To be sourced. It defines
-#   build_dist    builds target/dist/hsmd (static, musl) and target/dist/hsm-token (glibc 2.28 or later)
+#   build_dist    builds target/dist/hsmd and target/dist/hsmctl (static, musl) and target/dist/hsm-token (glibc 2.28 or
+#                 later)
 #
 # hsm-token is linked against an old glibc because it runs with whatever libc the vendor's module was shipped with
 # (facts: a RHEL 8 module container has 2.28). zig brings the symbol tables of that glibc.
@@ -19,11 +20,12 @@ build_dist() {
     (
         cd "$_build_root" || exit
         _build_flags
-        cargo build --release --locked --target x86_64-unknown-linux-musl -p hsmd </dev/null || exit
+        cargo build --release --locked --target x86_64-unknown-linux-musl -p hsmd -p hsmctl </dev/null || exit
         PATH=$tools:$PATH CARGO_ZIGBUILD_CACHE_DIR=$(cache_root)/zigbuild ZIG_GLOBAL_CACHE_DIR=$(cache_root)/zig-objects \
             cargo zigbuild --release --locked --target x86_64-unknown-linux-gnu.2.28 -p hsm-token </dev/null || exit
         mkdir -p "$dist"
         _build_place target/x86_64-unknown-linux-musl/release/hsmd "$dist/hsmd"
+        _build_place target/x86_64-unknown-linux-musl/release/hsmctl "$dist/hsmctl"
         _build_place target/x86_64-unknown-linux-gnu/release/hsm-token "$dist/hsm-token"
     ) >&2
 }

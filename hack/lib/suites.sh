@@ -25,7 +25,7 @@ suite_about() {
     case $1 in
     lint) printf 'format, clippy, shellcheck and the house rules\n' ;;
     unit) printf 'unit, property and transcript tests of every crate; golden bytes; layering\n' ;;
-    dist) printf 'the release binaries: hsmd is static, hsm-token needs glibc 2.28 or older, neither tells where it was built\n' ;;
+    dist) printf 'the release binaries: hsmd and hsmctl are static, hsm-token needs glibc 2.28 or older, neither tells where it was built\n' ;;
     deny) printf 'licences, sources and bans of the dependencies; advisories where the database can be reached\n' ;;
     fuzz) printf 'every parser from the committed corpus, FUZZ_SECONDS (default 5) each\n' ;;
     conformance) printf 'kube-apiserver'"'"'s own KMS client, 1.37, against the release binaries\n' ;;
@@ -106,7 +106,7 @@ suite_unit() {
 }
 
 suite_dist() {
-    local hsmd=target/dist/hsmd token=target/dist/hsm-token highest status=0
+    local hsmd=target/dist/hsmd hsmctl=target/dist/hsmctl token=target/dist/hsm-token highest program status=0
     need binutils
     build_dist
     highest=$(objdump -T "$token" | grep -o 'GLIBC_[0-9.]*' | sort -uV | tail -n 1)
@@ -120,14 +120,18 @@ suite_dist() {
         printf 'error: hsm-token needs a library besides glibc\n'
         status=1
     fi
-    if readelf -lW "$hsmd" | grep -w INTERP || readelf -dW "$hsmd" | grep NEEDED; then
-        printf 'error: hsmd is not static\n'
-        status=1
-    fi
-    _suites_tells_nothing "$hsmd" || status=1
-    _suites_tells_nothing "$token" || status=1
+    for program in "$hsmd" "$hsmctl"; do
+        if readelf -lW "$program" | grep -w INTERP || readelf -dW "$program" | grep NEEDED; then
+            printf 'error: %s is not static\n' "$program"
+            status=1
+        fi
+    done
+    for program in "$hsmd" "$hsmctl" "$token"; do
+        _suites_tells_nothing "$program" || status=1
+    done
     "$hsmd" --version
-    ls -l "$hsmd" "$token"
+    "$hsmctl" --version
+    ls -l "$hsmd" "$hsmctl" "$token"
     return "$status"
 }
 

@@ -1,7 +1,7 @@
-//! The daemon's parsers, within reach of the fuzz targets.
+//! The programs' parsers, within reach of the fuzz targets.
 //!
-//! hsmd is a program without a library, so its modules are mounted here by path, under the names that
-//! they call each other by. One function per target hands them bytes.
+//! hsmd and hsmctl are programs without a library, so their modules are mounted here by path, under the
+//! names that they call each other by. One function per target hands them bytes.
 
 #![allow(
     dead_code,
@@ -27,6 +27,14 @@ mod kms_parts {
 #[path = "../../../src/agent/src/peer"]
 mod peer_parts {
     pub(crate) mod parse;
+}
+
+#[path = "../../../src/forge/src/kms"]
+mod ctl_parts {
+    #[path = "keys/http.rs"]
+    pub(crate) mod http;
+    #[path = "inspect/stored.rs"]
+    pub(crate) mod stored;
 }
 
 use std::task::{Context, Poll, Waker};
@@ -72,6 +80,25 @@ pub fn peer_of(text: &str) {
         assert_eq!(pod.as_str().len(), 32);
         assert!(cgroup.contains(pod.as_str()));
         assert!(!pod.names_log_folder_of_kube_apiserver(text));
+    }
+}
+
+/// What is said to come out of etcd. The same is found in it when it was copied as digits.
+pub fn stored(bytes: &[u8]) {
+    let found = ctl_parts::stored::find(bytes);
+    if let Ok(stored) = found {
+        let _ = hsm_wire::envelope::split(&stored.envelope);
+        if bytes.starts_with(b"k8s:enc:kms:v2:") || bytes.starts_with(&hsm_wire::envelope::MAGIC) {
+            let digits = hsm_wire::identity::hex(bytes);
+            assert_eq!(ctl_parts::stored::find(digits.as_bytes()), Ok(stored));
+        }
+    }
+}
+
+/// An answer on the daemon's health socket.
+pub fn health_answer(bytes: &[u8]) {
+    if let Ok(body) = ctl_parts::http::body(bytes) {
+        assert!(bytes.ends_with(body));
     }
 }
 

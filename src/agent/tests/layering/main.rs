@@ -47,12 +47,13 @@ const FORBIDDEN_IN_WIRE: [&str; 9] = [
 const MAY_BE_UNSAFE: [&str; 2] = ["token", "module"];
 
 /// Crates of this workspace, and those that each may depend on.
-const MAY_DEPEND_ON: [(&str, &[&str]); 5] = [
+const MAY_DEPEND_ON: [(&str, &[&str]); 6] = [
     ("wire", &[]),
     ("token", &["hsm-wire"]),
     ("token-client", &["hsm-wire"]),
     ("config", &["hsm-token-client", "hsm-wire"]),
     ("agent", &["hsm-config", "hsm-token-client", "hsm-wire"]),
+    ("forge", &["hsm-config", "hsm-token-client", "hsm-wire"]),
 ];
 
 fn src() -> PathBuf {

@@ -2,16 +2,15 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::net;
 
 use hsm_wire::host::MAX_MESSAGE_LEN;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, Shutdown, SockFlag, SockType, recv, send, setsockopt, shutdown,
     socketpair, sockopt,
 };
-use tokio::io::Interest;
-use tokio::net::UnixDatagram;
+use tokio::net::unix::pipe;
 use zeroize::Zeroizing;
 
 /// Both ends of a new channel. Neither is inherited by accident, and the host's end blocks: its
@@ -28,18 +27,19 @@ pub(crate) fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
 
 /// The daemon's end.
 ///
-/// tokio has no type for sequenced packets. Its datagram socket serves: what it adds to a descriptor
-/// is that it waits for readiness; sending and receiving are our own calls.
-pub(crate) struct Channel(UnixDatagram);
+/// tokio has no type for sequenced packets. Its pipe ends serve: what they add to a descriptor is
+/// that they wait for readiness, each for its own direction only. That is the point: a descriptor
+/// that is registered for writing as well wakes the daemon a second time in every operation, when
+/// the host takes the packet, and a wake-up costs more than all else that is done here.
+pub(crate) struct Channel(pipe::Receiver);
 
 impl Channel {
     pub(crate) fn new(fd: OwnedFd) -> io::Result<Self> {
         // One message of the longest kind must always fit, or waiting for room would never end. The
         // kernel doubles the value for its own bookkeeping.
         setsockopt(&fd, sockopt::SndBuf, &(4 * MAX_MESSAGE_LEN))?;
-        let socket = net::UnixDatagram::from(fd);
-        socket.set_nonblocking(true)?;
-        UnixDatagram::from_std(socket).map(Self)
+        fcntl(&fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+        pipe::Receiver::from_owned_fd_unchecked(fd).map(Self)
     }
 
     /// Sends from where the caller stands, without a turn through the runtime.
@@ -59,18 +59,22 @@ impl Channel {
         }
     }
 
-    /// Returns when there is room for a packet. The runtime's own memory of that may be stale, for
-    /// [`Self::try_send`] goes past it, so the kernel is asked.
+    /// Returns when there is room for a packet.
     pub(crate) async fn writable(&self) -> io::Result<()> {
-        self.0
-            .async_io(Interest::WRITABLE, || {
-                let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLOUT)];
-                match poll(&mut fds, PollTimeout::ZERO)? {
-                    0 => Err(io::ErrorKind::WouldBlock.into()),
-                    _ => Ok(()),
-                }
-            })
+        // Registered for as long as somebody waits: a full socket is rare.
+        let twin = self.0.as_fd().try_clone_to_owned()?;
+        pipe::Sender::from_owned_fd_unchecked(twin)?
+            .writable()
             .await
+    }
+
+    /// Is there something to receive, an end included?
+    pub(crate) fn has_packet(&self) -> bool {
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_PEEK;
+        !matches!(
+            recv(self.0.as_raw_fd(), &mut [0; 1], flags),
+            Err(Errno::EAGAIN)
+        )
     }
 
     /// Tells the host that nothing more comes, whoever else still holds this end.
@@ -84,28 +88,27 @@ impl Channel {
         &self,
         buffer: &'a mut Buffer,
     ) -> io::Result<Option<&'a mut [u8]>> {
-        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_TRUNC;
-        let bytes = &mut buffer.0[..];
-        let n = self
-            .0
-            .async_io(Interest::READABLE, || {
-                Ok(recv(self.0.as_raw_fd(), bytes, flags)?)
-            })
-            .await?;
+        let n = loop {
+            self.0.readable().await?;
+            match self.0.try_read(&mut buffer.0) {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                done => break done?,
+            }
+        };
         if n > MAX_MESSAGE_LEN {
-            let text = format!("a message of {n} bytes, over the limit of {MAX_MESSAGE_LEN}");
+            let text = format!("a message over the limit of {MAX_MESSAGE_LEN} bytes");
             return Err(io::Error::new(io::ErrorKind::InvalidData, text));
         }
         Ok((n > 0).then(|| &mut buffer.0[..n]))
     }
 }
 
-/// Room for one packet; wiped at the end. Who receives a plaintext wipes it sooner.
+/// Room for one packet, and a byte more that tells one over the limit; wiped at the end. Who receives a plaintext wipes it sooner.
 pub(crate) struct Buffer(Zeroizing<Vec<u8>>);
 
 impl Buffer {
     pub(crate) fn new() -> Self {
-        Self(Zeroizing::new(vec![0; MAX_MESSAGE_LEN]))
+        Self(Zeroizing::new(vec![0; MAX_MESSAGE_LEN + 1]))
     }
 }
 

@@ -141,6 +141,23 @@ impl Shared {
         Ok(id)
     }
 
+    /// Looks for the host's next answer for a moment, if that is worth it. It is taken from the
+    /// channel by who reads from it, as always; but nobody has to be woken for it.
+    pub(crate) fn look_for_answer(&self) {
+        let core = self.core();
+        let (Phase::Serving { channel, .. }, Some(look)) =
+            (&core.phase, core.dispatch.worth_looking())
+        else {
+            return;
+        };
+        let channel = Arc::clone(channel);
+        drop(core);
+        let until = std::time::Instant::now() + look;
+        while !channel.has_packet() && std::time::Instant::now() < until {
+            std::hint::spin_loop();
+        }
+    }
+
     /// The caller of an operation is gone.
     pub(crate) fn abandon(&self, id: u64) {
         self.core().dispatch.abandon(id);

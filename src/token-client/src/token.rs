@@ -7,6 +7,7 @@ use hsm_wire::envelope::Wrap;
 use hsm_wire::host::{Answer, Description, KeyRef, Request};
 use hsm_wire::secret::Secret;
 use tokio::sync::{oneshot, watch};
+use tokio::task::yield_now;
 use tokio::time::{Instant, timeout_at};
 
 use crate::config::Config;
@@ -196,6 +197,9 @@ impl Token {
         let (reply, answer) = oneshot::channel();
         let id = shared.submit(request, deadline, reply)?;
         let _place = Place { shared, id };
+        // First everybody else who is ready: they may have operations of their own.
+        yield_now().await;
+        shared.look_for_answer();
         match timeout_at(deadline, answer).await {
             Ok(Ok(reply)) => reply,
             Ok(Err(_)) => Err(shared.down("its supervision has ended")),

@@ -1,11 +1,13 @@
 //! The socket to the daemon: one packet is one message, in either direction.
 //!
-//! Every session thread blocks in [`Channel::receive`] on the one descriptor. The kernel queues the
-//! waiters exclusively, so a request wakes one thread and goes whole to that thread; there is no
-//! dispatcher in between and nothing to lock.
+//! Any thread may receive and any may send: a packet goes whole to one receiver, and there is no
+//! dispatcher in between.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::OnceLock;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use hsm_wire::host::MAX_MESSAGE_LEN;
 use nix::errno::Errno;
@@ -61,16 +63,21 @@ impl Channel {
         self.0.as_raw_fd().unsigned_abs() + 1
     }
 
-    /// Waits for the next packet.
-    pub(crate) fn receive<'a>(&self, packet: &'a mut Packet) -> io::Result<Received<'a>> {
+    /// Waits for the next packet; looks for it for as long as `look` before it blocks.
+    pub(crate) fn receive<'a>(
+        &self,
+        packet: &'a mut Packet,
+        look: Duration,
+    ) -> io::Result<Received<'a>> {
         packet.wipe();
+        // MSG_TRUNC makes the kernel tell the packet's real length, cut off or not.
+        let mut flags = MsgFlags::MSG_TRUNC;
+        let until = (!look.is_zero() && has_other_cpus()).then(|| Instant::now() + look);
+        if until.is_some() {
+            flags |= MsgFlags::MSG_DONTWAIT;
+        }
         loop {
-            // MSG_TRUNC makes the kernel tell the packet's real length, cut off or not.
-            return match recv(
-                self.0.as_raw_fd(),
-                &mut packet.bytes[..],
-                MsgFlags::MSG_TRUNC,
-            ) {
+            return match recv(self.0.as_raw_fd(), &mut packet.bytes[..], flags) {
                 Ok(0) => Ok(Received::Closed),
                 Ok(n) if n > MAX_MESSAGE_LEN => {
                     packet.used = MAX_MESSAGE_LEN;
@@ -79,6 +86,13 @@ impl Channel {
                 Ok(n) => {
                     packet.used = n;
                     Ok(Received::Packet(&packet.bytes[..n]))
+                }
+                Err(Errno::EAGAIN) => {
+                    if until.is_none_or(|until| Instant::now() >= until) {
+                        flags -= MsgFlags::MSG_DONTWAIT;
+                    }
+                    std::hint::spin_loop();
+                    continue;
                 }
                 Err(Errno::EINTR) => continue,
                 Err(Errno::ECONNRESET) => Ok(Received::Closed),
@@ -117,6 +131,12 @@ impl Channel {
             Err(error) => error != Errno::EINTR,
         }
     }
+}
+
+/// Looking instead of blocking keeps the only CPU from who would send.
+fn has_other_cpus() -> bool {
+    static OTHERS: OnceLock<bool> = OnceLock::new();
+    *OTHERS.get_or_init(|| thread::available_parallelism().is_ok_and(|cpus| cpus.get() > 1))
 }
 
 impl Packet {
@@ -177,7 +197,9 @@ mod tests {
         let long = vec![1; MAX_MESSAGE_LEN + 1];
         send(theirs.as_raw_fd(), &long, MsgFlags::empty()).expect("send");
         let mut packet = Packet::new();
-        let received = channel.receive(&mut packet).expect("receive");
+        let received = channel
+            .receive(&mut packet, Duration::ZERO)
+            .expect("receive");
         assert!(matches!(received, Received::TooLong(n) if n == long.len()));
     }
 }

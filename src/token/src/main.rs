@@ -9,7 +9,7 @@
 //! | [`args`] | the command line |
 //! | [`isolate`] | namespaces, root folder, privileges: before any vendor code |
 //! | [`channel`] | the socket to the daemon |
-//! | [`serve`] | threads: who receives, who answers, who notices the end |
+//! | [`serve`], [`baton`] | threads: who answers, who notices the end; who receives |
 //! | [`session`] | one session thread's work and the recovery ladder |
 //! | [`token`] | what session threads share; re-initialisation |
 //! | [`login`], [`latch`], [`pin`] | find the slot and log in; when to; the PIN's memory |
@@ -27,6 +27,7 @@ macro_rules! log {
 }
 
 mod args;
+mod baton;
 mod channel;
 mod describe;
 mod failure;

@@ -6,12 +6,13 @@
 
 use std::sync::{Barrier, OnceLock};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hsm_wire::fault::{Fault, FaultKind};
 use hsm_wire::host::{Answer, Open, Recovery, Request, Response};
 use nix::libc;
 
+use crate::baton::{Baton, LOOK, QUICK};
 use crate::channel::{Channel, Packet, Received};
 use crate::module::Threading;
 use crate::session::Worker;
@@ -19,16 +20,19 @@ use crate::token::Token;
 
 /// Vendor code is tested on the stack that threads get by default, which is the main thread's 8 MiB.
 const STACK: usize = 8 * 1024 * 1024;
+/// A call counts at most this much in the mean, so that a hang is forgotten after some quick ones.
+const SLOW: Duration = Duration::from_millis(1);
 /// For the module's own clean-up when the daemon is gone.
 const SHUT_DOWN: Duration = Duration::from_millis(500);
 
 static CHANNEL: OnceLock<Channel> = OnceLock::new();
 static TOKEN: OnceLock<Token> = OnceLock::new();
+static BATON: OnceLock<Baton> = OnceLock::new();
 
 /// Receives the first request, which must be Open.
 pub(crate) fn receive_open(channel: &Channel) -> (u64, Open) {
     let mut packet = Packet::new();
-    match receive(channel, &mut packet) {
+    match receive(channel, &mut packet, Duration::ZERO) {
         Some((id, Request::Open(open))) => (id, open),
         Some((id, _)) => refuse(
             channel,
@@ -64,11 +68,16 @@ pub(crate) fn serve(channel: Channel, id: u64, open: Open) -> ! {
             1
         }
     };
+    let baton = BATON.get_or_init(|| Baton::new(sessions.into()));
+    // Without it a call that hangs holds up the others until the daemon ends this process; without
+    // one of the threads below all is slower, not wrong.
+    let _ = spawn("relief", move || baton.relieve());
     for n in 1..sessions {
-        // One fewer is slower, not wrong.
-        let _ = spawn(&format!("session {n}"), move || work(channel, token));
+        let _ = spawn(&format!("session {n}"), move || {
+            work(channel, token, baton, n.into());
+        });
     }
-    work(channel, token)
+    work(channel, token, baton, 0)
 }
 
 /// Starts the two threads that end the process, and returns when both have.
@@ -98,17 +107,38 @@ fn watch_for_hang_up(channel: &'static Channel) {
     STARTED.wait();
 }
 
-fn work(channel: &Channel, token: &Token) -> ! {
+fn work(channel: &Channel, token: &Token, baton: &Baton, me: usize) -> ! {
     let mut worker = Worker::new(token);
     worker.warm_up();
     let mut packet = Packet::new();
-    while let Some((id, request)) = receive(channel, &mut packet) {
-        packet.wipe();
-        let response = worker.answer(id, &request);
-        drop(request);
-        if let Err(error) = channel.send(&response.encode()) {
-            log!("an answer cannot be sent: {error}");
-            break;
+    // How long a call takes, smoothed: one slow call among many says little. At first unknown.
+    let mut takes = SLOW;
+    'turns: loop {
+        baton.take(me);
+        let mut kept = true;
+        while kept {
+            let quick = takes <= QUICK;
+            let look = if quick { LOOK } else { Duration::ZERO };
+            let Some((id, request)) = receive(channel, &mut packet, look) else {
+                break 'turns;
+            };
+            packet.wipe();
+            let began = Instant::now();
+            let mut sent = Ok(());
+            let mut answer = || sent = channel.send(&worker.answer(id, &request).encode());
+            if quick {
+                kept = baton.keep_during(me, &mut answer);
+            } else {
+                baton.pass(me);
+                kept = false;
+                answer();
+            }
+            drop(request);
+            takes = (takes * 7 + began.elapsed().min(SLOW)) / 8;
+            if let Err(error) = sent {
+                log!("an answer cannot be sent: {error}");
+                break 'turns;
+            }
         }
     }
     // The thread that waits for the hang-up ends the process.
@@ -119,8 +149,8 @@ fn work(channel: &Channel, token: &Token) -> ! {
 
 /// The next request; None when the daemon is gone. A daemon that speaks otherwise than agreed is
 /// another version or not ours: there is nothing to say to it.
-fn receive(channel: &Channel, packet: &mut Packet) -> Option<(u64, Request)> {
-    let problem = match channel.receive(packet) {
+fn receive(channel: &Channel, packet: &mut Packet, look: Duration) -> Option<(u64, Request)> {
+    let problem = match channel.receive(packet, look) {
         Ok(Received::Packet(bytes)) => match Request::decode(bytes) {
             Ok(request) => return Some(request),
             Err(error) => format!("a malformed request: {error}"),

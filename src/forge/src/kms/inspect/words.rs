@@ -60,7 +60,7 @@ pub(crate) fn iv_mode(wrap: Wrap) -> &'static str {
 pub(crate) fn iv(wrap: Wrap) -> &'static str {
     match (wrap.mechanism, wrap.iv_mode) {
         (Mechanism::AesCbcHmac, _) => ", IV from the token's random numbers",
-        (_, IvMode::None) => "",
+        (Mechanism::AesKwp | Mechanism::RsaOaepHmac, _) | (_, IvMode::None) => "",
         (_, IvMode::Caller) => ", IV chosen by the daemon",
         (_, IvMode::Returned) => ", IV chosen by the token and returned",
         (_, IvMode::Appended) => ", IV chosen by the token and appended",

@@ -71,14 +71,20 @@ async fn seal(keyring: &Keyring) -> (Vec<u8>, String) {
 }
 
 async fn opens(keyring: &Keyring, (envelope, key_id): &(Vec<u8>, String)) -> bool {
-    let opened = keyring.open(envelope, key_id, soon()).await.expect("it opens");
+    let opened = keyring
+        .open(envelope, key_id, soon())
+        .await
+        .expect("it opens");
     assert_eq!(opened.plaintext.expose(), SEED);
     opened.listed
 }
 
 #[tokio::test(start_paused = true)]
 async fn the_next_token_serves_while_the_first_is_away_and_the_key_id_stays() {
-    let (a, b) = (Fake::new([FakeKey::new("kek", 1)]), Fake::new([FakeKey::new("kek", 1)]));
+    let (a, b) = (
+        Fake::new([FakeKey::new("kek", 1)]),
+        Fake::new([FakeKey::new("kek", 1)]),
+    );
     let tokens = vec![token("a", &a).await, token("b", &b).await];
     let rules = vec![rule("kek", 1, KeyState::Active)];
     let keyring = Keyring::new(clusters("c", &[]), rules, tokens.clone(), None);
@@ -106,18 +112,30 @@ async fn the_next_token_serves_while_the_first_is_away_and_the_key_id_stays() {
 
 #[tokio::test(start_paused = true)]
 async fn another_key_under_the_same_label_is_refused_by_its_fingerprint() {
-    let (a, b) = (Fake::new([FakeKey::new("kek", 1)]), Fake::new([FakeKey::new("kek", 2)]));
+    let (a, b) = (
+        Fake::new([FakeKey::new("kek", 1)]),
+        Fake::new([FakeKey::new("kek", 2)]),
+    );
     let tokens = vec![token("a", &a).await, token("b", &b).await];
     let rules = vec![rule("kek", 1, KeyState::Active)];
     let keyring = Keyring::new(clusters("c", &[]), rules.clone(), tokens.clone(), None);
     let sealed = seal(&keyring).await;
-    let problem = keyring.reports()[0].problem.clone().expect("it is reported");
+    let problem = keyring.reports()[0]
+        .problem
+        .clone()
+        .expect("it is reported");
     assert!(problem.contains("token `b` holds another key"), "{problem}");
 
     lose(&tokens[0], &a).await;
     keyring.refresh();
-    let refused = keyring.seal(Secret::copy_of(&SEED), soon()).await.unwrap_err();
-    assert!(refused.to_string().contains("holds another key"), "{refused}");
+    let refused = keyring
+        .seal(Secret::copy_of(&SEED), soon())
+        .await
+        .unwrap_err();
+    assert!(
+        refused.to_string().contains("holds another key"),
+        "{refused}"
+    );
     assert_eq!(b.counts().seals, 0);
 
     // A new configuration does not make the daemon forget which key was meant.
@@ -162,18 +180,34 @@ async fn a_former_cluster_name_opens_only_while_it_is_accepted() {
 
 #[tokio::test(start_paused = true)]
 async fn an_unknown_key_is_an_outage_while_a_token_that_may_hold_it_is_away() {
-    let (a, b) = (Fake::new([FakeKey::new("kek", 1)]), Fake::new([FakeKey::new("other", 2)]));
+    let (a, b) = (
+        Fake::new([FakeKey::new("kek", 1)]),
+        Fake::new([FakeKey::new("other", 2)]),
+    );
     let tokens = vec![token("a", &a).await, token("b", &b).await];
     let rules = vec![rule("kek", 1, KeyState::Active)];
     let keyring = Keyring::new(clusters("c", &[]), rules, tokens.clone(), None);
     let (envelope, key_id) = seal(&keyring).await;
     lose(&tokens[0], &a).await;
     keyring.refresh();
-    let error = keyring.open(&envelope, &key_id, soon()).await.err().unwrap();
+    let error = keyring
+        .open(&envelope, &key_id, soon())
+        .await
+        .err()
+        .unwrap();
     assert!(matches!(error, KeyringError::Unready(_)), "{error:?}");
 
-    let without = Keyring::new(clusters("c", &[]), Vec::new(), vec![tokens[1].clone()], None);
-    let error = without.open(&envelope, &key_id, soon()).await.err().unwrap();
+    let without = Keyring::new(
+        clusters("c", &[]),
+        Vec::new(),
+        vec![tokens[1].clone()],
+        None,
+    );
+    let error = without
+        .open(&envelope, &key_id, soon())
+        .await
+        .err()
+        .unwrap();
     assert!(matches!(error, KeyringError::UnknownKey(_)), "{error:?}");
 }
 
@@ -184,5 +218,8 @@ async fn two_keys_under_one_rule_are_an_error_that_says_how_to_tell_them_apart()
     let rules = vec![rule("kek", 1, KeyState::Active)];
     let keyring: Arc<Keyring> = Keyring::new(clusters("c", &[]), rules, tokens, None);
     let error = keyring.active().err().unwrap().to_string();
-    assert!(error.contains("matches 2 keys") && error.contains("id="), "{error}");
+    assert!(
+        error.contains("matches 2 keys") && error.contains("id="),
+        "{error}"
+    );
 }

@@ -230,12 +230,19 @@ impl Daemon {
 
     async fn stop(self) {
         tracing::info!("stopping");
-        let Self { sockets, setup, .. } = self;
+        let Self {
+            sockets,
+            health,
+            setup,
+            ..
+        } = self;
         let orderly = async {
             sockets.drain().await;
             if let Some(setup) = setup {
                 setup.stop().await;
             }
+            // Last: until then it tells what is being waited for.
+            health.close().await;
         };
         if tokio::time::timeout(STOP_LIMIT, orderly).await.is_err() {
             tracing::warn!("calls were still under way after {STOP_LIMIT:?}; ending all the same");
@@ -266,6 +273,12 @@ struct HealthSocket {
 impl HealthSocket {
     fn closed(page: Arc<Page>) -> Self {
         Self { page, open: None }
+    }
+
+    async fn close(self) {
+        if let Some((listener, _)) = self.open {
+            listener.close().await;
+        }
     }
 
     async fn set(&mut self, endpoint: Endpoint) {

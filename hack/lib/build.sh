@@ -5,7 +5,7 @@
 #                 later)
 #
 # hsm-token is linked against an old glibc because it runs with whatever libc the vendor's module was shipped with
-# (facts: a RHEL 8 module container has 2.28). zig brings the symbol tables of that glibc.
+# (RHEL 8's has 2.28). zig brings the symbol tables of that glibc.
 
 # shellcheck source=hack/lib/setup.sh
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"

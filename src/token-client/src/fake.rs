@@ -17,7 +17,8 @@ use aes_gcm::{Aes256Gcm, KeyInit, Nonce};
 use hsm_wire::envelope::Wrap;
 use hsm_wire::fault::{Fault, FaultKind};
 use hsm_wire::host::{
-    Answer, Description, KeyInfo, KeyRef, LatchNote, Open, Recovery, Request, Response, TokenInfo,
+    Answer, Description, KeyClass, KeyInfo, KeyRef, LatchNote, Open, Recovery, Request, Response,
+    TokenInfo,
 };
 use hsm_wire::identity::{FINGERPRINT_BLOCK, Fingerprint, FingerprintMethod};
 use hsm_wire::secret::Secret;
@@ -110,11 +111,13 @@ impl FakeKey {
     pub fn info(&self) -> KeyInfo {
         KeyInfo {
             key: self.reference(),
+            class: KeyClass::Secret,
             bits: 256,
             sensitive: true,
             extractable: false,
             never_extractable: true,
             wrap: Ok(Wrap::AES_GCM),
+            passed_over: Vec::new(),
         }
     }
 

@@ -3,7 +3,7 @@
 use cryptoki_sys::*;
 use hsm_wire::envelope::Wrap;
 use hsm_wire::host::{
-    Description, KeyInfo, KeyRef, MAX_KEYS, MAX_MESSAGE_LEN, MAX_NAME_LEN, TokenInfo,
+    Description, KeyClass, KeyInfo, KeyRef, MAX_KEYS, MAX_MESSAGE_LEN, MAX_NAME_LEN, TokenInfo,
 };
 use hsm_wire::identity::Fingerprint;
 
@@ -124,11 +124,13 @@ fn read_key(place: Place<'_>, object: CK_OBJECT_HANDLE) -> Result<Option<KeyInfo
             label,
             fingerprint: key::fingerprint(place, object)?,
         },
+        class: KeyClass::Secret,
         bits,
         sensitive: flag(CKA_SENSITIVE, false)?,
         extractable: flag(CKA_EXTRACTABLE, true)?,
         never_extractable: flag(CKA_NEVER_EXTRACTABLE, false)?,
         wrap: Err(String::new()),
+        passed_over: Vec::new(),
     }))
 }
 

@@ -37,8 +37,18 @@ pub const MAX_LEN: usize = 1024;
 pub const MAX_PLAINTEXT_LEN: usize = 512;
 /// Bytes of the IV in front of an AES-GCM ciphertext whose IV the caller knows.
 pub const GCM_IV_LEN: usize = 12;
+/// Bytes of the IV in front of an AES-GCM ciphertext whose IV the token appended.
+pub const GCM_APPENDED_IV_LEN: usize = 16;
 /// Bytes of the tag behind an AES-GCM ciphertext.
 pub const GCM_TAG_LEN: usize = 16;
+/// Bytes of SHA-256(AAD), which AES-KWP seals in front of the plaintext.
+pub const AAD_DIGEST_LEN: usize = 32;
+/// Bytes of the IV in front of an AES-CBC ciphertext.
+pub const CBC_IV_LEN: usize = 16;
+/// Bytes that tell which key made the MAC.
+pub const MAC_MARK_LEN: usize = 8;
+/// Bytes of the MAC, the end of the sealed part.
+pub const MAC_LEN: usize = 16;
 /// Longest `key_id` the API server keeps.
 pub const MAX_KEY_ID_LEN: usize = 1024;
 
@@ -48,11 +58,13 @@ pub const MAX_KEY_ID_LEN: usize = 1024;
 pub enum Mechanism {
     /// AES-GCM with a 96-bit IV and a 128-bit tag (SP 800-38D; PKCS#11 `CKM_AES_GCM`).
     AesGcm = 1,
-    /// AES-KWP by `C_WrapKey`/`C_UnwrapKey` (SP 800-38F).
+    /// AES-KWP by `C_WrapKey`/`C_UnwrapKey` (SP 800-38F) of SHA-256(AAD) ‖ plaintext.
     AesKwp = 2,
-    /// AES-CBC-PAD, then HMAC-SHA-256 with a second key.
+    /// AES-CBC-PAD, then HMAC-SHA-256 with a second key: IV ‖ ciphertext ‖ mark of that key ‖ the
+    /// first half of the HMAC over AAD ‖ IV ‖ ciphertext.
     AesCbcHmac = 3,
-    /// RSA-OAEP, then HMAC-SHA-256 with a second key.
+    /// RSA-OAEP, then HMAC-SHA-256 with a second key: a byte for OAEP's hash (1 SHA-256, 2 SHA-1) ‖
+    /// ciphertext ‖ mark of that key ‖ the first half of the HMAC over AAD ‖ all before the mark.
     RsaOaepHmac = 4,
 }
 
@@ -62,11 +74,12 @@ pub enum Mechanism {
 pub enum IvMode {
     /// The mechanism has none.
     None = 0,
-    /// We chose it (random bytes of the token); it is the first 12 bytes.
+    /// We chose it (random bytes of the token); it comes first, 12 bytes for GCM and 16 for CBC.
     Caller = 1,
     /// The token chose it and wrote it back through the parameter (AWS CloudHSM); first 12 bytes.
     Returned = 2,
-    /// The token chose it and appended it to the ciphertext (Luna in FIPS mode).
+    /// The token chose 16 bytes and appended them to the ciphertext (Luna in FIPS mode). Stored first,
+    /// as the others.
     Appended = 3,
 }
 
@@ -85,6 +98,45 @@ impl Wrap {
         mechanism: Mechanism::AesGcm,
         iv_mode: IvMode::Caller,
     };
+
+    /// AES-GCM with an IV that the token writes back.
+    pub const AES_GCM_RETURNED: Self = Self {
+        mechanism: Mechanism::AesGcm,
+        iv_mode: IvMode::Returned,
+    };
+    /// AES-GCM with an IV that the token appends.
+    pub const AES_GCM_APPENDED: Self = Self {
+        mechanism: Mechanism::AesGcm,
+        iv_mode: IvMode::Appended,
+    };
+    /// AES-KWP.
+    pub const AES_KWP: Self = Self {
+        mechanism: Mechanism::AesKwp,
+        iv_mode: IvMode::None,
+    };
+    /// AES-CBC-PAD and HMAC.
+    pub const AES_CBC_HMAC: Self = Self {
+        mechanism: Mechanism::AesCbcHmac,
+        iv_mode: IvMode::Caller,
+    };
+    /// RSA-OAEP and HMAC.
+    pub const RSA_OAEP_HMAC: Self = Self {
+        mechanism: Mechanism::RsaOaepHmac,
+        iv_mode: IvMode::None,
+    };
+
+    /// Its name, for people; None for a pair that nothing writes.
+    pub fn name(self) -> Option<&'static str> {
+        Some(match self {
+            Self::AES_GCM => "AES-GCM",
+            Self::AES_GCM_RETURNED => "AES-GCM with an IV that the token returns",
+            Self::AES_GCM_APPENDED => "AES-GCM with an IV that the token appends",
+            Self::AES_KWP => "AES-KWP",
+            Self::AES_CBC_HMAC => "AES-CBC-PAD + HMAC",
+            Self::RSA_OAEP_HMAC => "RSA-OAEP + HMAC",
+            _ => return None,
+        })
+    }
 
     /// Reads the two bytes of a header or host message.
     pub fn from_bytes([mechanism, iv_mode]: [u8; 2]) -> Result<Self, MalformedError> {
@@ -112,10 +164,17 @@ impl Wrap {
 
     /// Length of the sealed part for a plaintext of this length, where the layout fixes it.
     pub fn sealed_len(self, plaintext_len: u32) -> Option<usize> {
-        match (self.mechanism, self.iv_mode) {
-            (Mechanism::AesGcm, IvMode::Caller | IvMode::Returned) => {
-                Some(GCM_IV_LEN + plaintext_len as usize + GCM_TAG_LEN)
+        let len = plaintext_len as usize;
+        match self {
+            Self::AES_GCM | Self::AES_GCM_RETURNED => Some(GCM_IV_LEN + len + GCM_TAG_LEN),
+            Self::AES_GCM_APPENDED => Some(GCM_APPENDED_IV_LEN + len + GCM_TAG_LEN),
+            // Whole blocks of 8 bytes and one more (RFC 5649 section 4.1).
+            Self::AES_KWP => Some((AAD_DIGEST_LEN + len).next_multiple_of(8) + 8),
+            Self::AES_CBC_HMAC => {
+                let padded = (len + 1).next_multiple_of(16);
+                Some(CBC_IV_LEN + padded + MAC_MARK_LEN + MAC_LEN)
             }
+            // RSA-OAEP's is the modulus'; the others nothing writes.
             _ => None,
         }
     }

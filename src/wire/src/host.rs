@@ -33,9 +33,14 @@ pub const MAX_MESSAGE_LEN: usize = 64 * 1024;
 pub const MAX_PIN_LEN: usize = 1024;
 /// Longest CKA_ID or CKA_LABEL that names a key.
 pub const MAX_NAME_LEN: usize = 255;
-/// Most keys a token description lists. A usual one takes about 100 bytes; the names of all of them
-/// at their limit would not fit into [`MAX_MESSAGE_LEN`], so their bytes have a limit as well.
-pub const MAX_KEYS: usize = 128;
+/// Most keys a token description lists. A usual one takes about 100 bytes, on a poor token with the
+/// reasons why it wraps as it does 600; names and reasons of all of them at their limit would not fit
+/// into [`MAX_MESSAGE_LEN`], so their bytes have a limit as well.
+pub const MAX_KEYS: usize = 96;
+/// Most wraps that a key was found unable to do: there are no more that are better than another.
+pub const MAX_PASSED_OVER: usize = 5;
+/// Longest reason why a wrap was passed over.
+pub const MAX_REASON_LEN: usize = 120;
 /// Longest AAD: envelope header and key_id.
 pub const MAX_AAD_LEN: usize = 64 + MAX_KEY_ID_LEN;
 
@@ -138,11 +143,32 @@ pub struct TokenInfo {
     pub model: String,
 }
 
-/// A secret key on the token.
+/// What kind of key it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum KeyClass {
+    /// CKO_SECRET_KEY, for AES.
+    Secret = 0,
+    /// CKO_PRIVATE_KEY, for RSA.
+    Private = 1,
+}
+
+/// A wrap that would have been better, and why the key cannot be used so.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PassedOver {
+    /// Which.
+    pub wrap: Wrap,
+    /// What it failed in, at most [`MAX_REASON_LEN`] bytes.
+    pub reason: String,
+}
+
+/// A key on the token that may wrap.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KeyInfo {
     /// How to ask for it.
     pub key: KeyRef,
+    /// Of what kind.
+    pub class: KeyClass,
     /// Length in bits.
     pub bits: u16,
     /// CKA_SENSITIVE.
@@ -153,6 +179,8 @@ pub struct KeyInfo {
     pub never_extractable: bool,
     /// The wrap that passed the host's self-test, else why none did.
     pub wrap: Result<Wrap, String>,
+    /// Better wraps that did not, best first, at most [`MAX_PASSED_OVER`].
+    pub passed_over: Vec<PassedOver>,
 }
 
 /// A token as the host found it.
@@ -160,9 +188,9 @@ pub struct KeyInfo {
 pub struct Description {
     /// The token.
     pub token: TokenInfo,
-    /// AES keys that could be fingerprinted, at most [`MAX_KEYS`].
+    /// AES and RSA keys that could be fingerprinted, at most [`MAX_KEYS`].
     pub keys: Vec<KeyInfo>,
-    /// Secret keys left out: over the limit, of another type, or not to be fingerprinted.
+    /// Keys left out: over the limit, of another type, or not to be fingerprinted.
     pub omitted: u16,
 }
 
@@ -505,11 +533,18 @@ fn encode_key_info(info: &KeyInfo) -> Zeroizing<Vec<u8>> {
     put_key(&mut w, &info.key);
     w.u16(info.bits).u8(u8::from(info.sensitive)
         | u8::from(info.extractable) << 1
-        | u8::from(info.never_extractable) << 2);
+        | u8::from(info.never_extractable) << 2
+        | (info.class as u8) << 3);
     match &info.wrap {
         Ok(wrap) => w.u8(0).put(&wrap.to_bytes()),
         Err(reason) => w.u8(1).bytes(cut(reason, MAX_NAME_LEN).as_bytes()),
     };
+    let passed_over = &info.passed_over[..info.passed_over.len().min(MAX_PASSED_OVER)];
+    w.u8(passed_over.len() as u8);
+    for better in passed_over {
+        w.put(&better.wrap.to_bytes())
+            .bytes(cut(&better.reason, MAX_REASON_LEN).as_bytes());
+    }
     w.finish()
 }
 
@@ -534,7 +569,7 @@ fn read_key_info(r: &mut Reader<'_>) -> Result<KeyInfo, MalformedError> {
     let key = read_key(r)?;
     let bits = r.u16("key length")?;
     let flags = r.u8("key flags")?;
-    if flags > 7 {
+    if flags > 15 {
         return Err(MalformedError::Value("key flags"));
     }
     let wrap = match r.u8("wrap marker")? {
@@ -542,13 +577,31 @@ fn read_key_info(r: &mut Reader<'_>) -> Result<KeyInfo, MalformedError> {
         1 => Err(r.text(MAX_NAME_LEN, "reason")?),
         _ => return Err(MalformedError::Value("wrap marker")),
     };
+    let count = usize::from(r.u8("wraps passed over")?);
+    if count > MAX_PASSED_OVER {
+        return Err(MalformedError::Limit("wraps passed over"));
+    }
+    let passed_over = (0..count)
+        .map(|_| {
+            Ok(PassedOver {
+                wrap: Wrap::from_bytes(r.array("wrap")?)?,
+                reason: r.text(MAX_REASON_LEN, "reason")?,
+            })
+        })
+        .collect::<Result<_, MalformedError>>()?;
     Ok(KeyInfo {
         key,
+        class: if flags & 8 == 0 {
+            KeyClass::Secret
+        } else {
+            KeyClass::Private
+        },
         bits,
         sensitive: flags & 1 != 0,
         extractable: flags & 2 != 0,
         never_extractable: flags & 4 != 0,
         wrap,
+        passed_over,
     })
 }
 

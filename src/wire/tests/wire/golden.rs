@@ -81,6 +81,18 @@ fn the_envelope_is_the_recorded_bytes_and_comes_apart_again() {
 }
 
 #[test]
+fn the_envelopes_of_other_wraps_are_the_recorded_bytes_and_within_their_limits() {
+    for (name, header, sealed) in samples::other_envelopes() {
+        let bytes = assert_golden(name, &envelope::join(header, &sealed));
+        assert_eq!(envelope::split(&bytes), Ok((header, &sealed[..])), "{name}");
+        match header.wrap.sealed_len(header.plaintext_len) {
+            Some(len) => assert!(len == sealed.len() && bytes.len() <= 120, "{name}"),
+            None => assert!(bytes.len() <= 256 + 64, "{name}"),
+        }
+    }
+}
+
+#[test]
 fn the_aad_is_the_recorded_header_and_key_id() {
     let (header, _) = samples::envelope();
     let bytes = assert_golden("envelope-aad", &header.aad(samples::KEY_ID));
@@ -143,6 +155,11 @@ fn no_golden_file_is_without_a_test() {
             "envelope-aes-gcm.hex".to_owned(),
             "envelope-aad.hex".to_owned(),
         ])
+        .chain(
+            samples::other_envelopes()
+                .iter()
+                .map(|(name, ..)| format!("{name}.hex")),
+        )
         .collect();
     let folder = path("x");
     let folder = folder.parent().expect("a file has a folder");

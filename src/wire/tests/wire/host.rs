@@ -5,8 +5,9 @@ use hsm_wire::cursor::MalformedError;
 use hsm_wire::envelope::{MAX_LEN, MAX_PLAINTEXT_LEN, Wrap};
 use hsm_wire::fault::{Fault, FaultKind, MAX_DETAIL_LEN, ckr_name};
 use hsm_wire::host::{
-    Answer, Description, KeyInfo, KeyRef, LatchNote, MAX_AAD_LEN, MAX_KEYS, MAX_MESSAGE_LEN,
-    MAX_NAME_LEN, MAX_PIN_LEN, Open, Recovery, Request, Response, TokenInfo,
+    Answer, Description, KeyClass, KeyInfo, KeyRef, LatchNote, MAX_AAD_LEN, MAX_KEYS,
+    MAX_MESSAGE_LEN, MAX_NAME_LEN, MAX_PASSED_OVER, MAX_PIN_LEN, MAX_REASON_LEN, Open, PassedOver,
+    Recovery, Request, Response, TokenInfo,
 };
 use hsm_wire::identity::Fingerprint;
 use hsm_wire::secret::Secret;
@@ -186,11 +187,13 @@ fn key_info(id: usize, label: usize, reason: usize) -> KeyInfo {
             label: "k".repeat(label),
             fingerprint: Fingerprint([8; 32]),
         },
+        class: KeyClass::Secret,
         bits: 256,
         sensitive: true,
         extractable: false,
         never_extractable: true,
         wrap: Err("r".repeat(reason)),
+        passed_over: Vec::new(),
     }
 }
 
@@ -237,6 +240,24 @@ fn keys_whose_names_would_fill_more_than_a_message_are_counted() {
 }
 
 #[test]
+fn wraps_passed_over_and_their_reasons_are_cut_to_their_limits_and_the_message_to_its_own() {
+    let better = PassedOver {
+        wrap: Wrap::AES_GCM_RETURNED,
+        reason: "€".repeat(MAX_REASON_LEN),
+    };
+    let key = KeyInfo {
+        passed_over: vec![better; MAX_PASSED_OVER + 1],
+        ..key_info(MAX_NAME_LEN, MAX_NAME_LEN, MAX_NAME_LEN)
+    };
+    let read = described(vec![key; MAX_KEYS], 0);
+    assert_eq!(read.keys.len() + usize::from(read.omitted), MAX_KEYS);
+    assert!(read.keys.len() > 40, "{} keys", read.keys.len());
+    let passed_over = &read.keys[0].passed_over;
+    assert_eq!(passed_over.len(), MAX_PASSED_OVER);
+    assert_eq!(passed_over[0].reason, "€".repeat(MAX_REASON_LEN / 3));
+}
+
+#[test]
 fn a_key_whose_name_is_over_its_limit_is_counted_and_the_others_are_listed() {
     let keys = vec![
         key_info(MAX_NAME_LEN + 1, 1, 1),
@@ -272,9 +293,10 @@ fn key_flags_and_wrap_markers_that_do_not_exist_are_refused() {
         bytes[offset] = value;
         Response::decode(&bytes)
     };
-    assert_eq!(with(4, 8), Err(MalformedError::Value("key flags")));
-    assert_eq!(with(3, 2), Err(MalformedError::Value("wrap marker")));
-    assert_eq!(with(2, 9), Err(MalformedError::Value("mechanism")));
+    assert_eq!(with(5, 16), Err(MalformedError::Value("key flags")));
+    assert_eq!(with(4, 2), Err(MalformedError::Value("wrap marker")));
+    assert_eq!(with(3, 9), Err(MalformedError::Value("mechanism")));
+    assert_eq!(with(1, 6), Err(MalformedError::Limit("wraps passed over")));
 }
 
 #[test]
@@ -440,11 +462,14 @@ prop_compose! {
     fn info()(
         key in key(),
         bits in any::<u16>(),
-        flags in any::<[bool; 3]>(),
+        flags in any::<[bool; 4]>(),
         wrap in prop_oneof![wrap().prop_map(Ok), name().prop_map(Err)],
+        better in vec((wrap(), "[a-zé ]{0,60}"), 0..=MAX_PASSED_OVER),
     ) -> KeyInfo {
-        let [sensitive, extractable, never_extractable] = flags;
-        KeyInfo { key, bits, sensitive, extractable, never_extractable, wrap }
+        let [sensitive, extractable, never_extractable, private] = flags;
+        let class = if private { KeyClass::Private } else { KeyClass::Secret };
+        let passed_over = better.into_iter().map(|(wrap, reason)| PassedOver { wrap, reason }).collect();
+        KeyInfo { key, class, bits, sensitive, extractable, never_extractable, wrap, passed_over }
     }
 }
 

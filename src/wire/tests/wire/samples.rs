@@ -3,7 +3,8 @@
 use hsm_wire::envelope::{Header, IvMode, MAX_KEY_ID_LEN, Mechanism, Wrap};
 use hsm_wire::fault::{Fault, FaultKind};
 use hsm_wire::host::{
-    Answer, Description, KeyInfo, KeyRef, LatchNote, Open, Recovery, Request, Response, TokenInfo,
+    Answer, Description, KeyClass, KeyInfo, KeyRef, LatchNote, Open, PassedOver, Recovery, Request,
+    Response, TokenInfo,
 };
 use hsm_wire::identity::{ClusterTag, Fingerprint, FingerprintPrefix};
 use hsm_wire::secret::Secret;
@@ -26,6 +27,26 @@ pub(crate) fn envelope() -> (Header, Vec<u8>) {
         plaintext_len: 32,
     };
     (header, counting::<60>(0x01).to_vec())
+}
+
+/// Envelopes of the wraps that other tokens need: name, header, sealed part.
+pub(crate) fn other_envelopes() -> Vec<(&'static str, Header, Vec<u8>)> {
+    let of = |name, wrap: Wrap, len| {
+        let header = Header {
+            wrap,
+            ..envelope().0
+        };
+        let bytes = (0..len).map(|i| 0x01_u8.wrapping_add(i as u8)).collect();
+        (name, header, bytes)
+    };
+    vec![
+        of("envelope-aes-gcm-returned", Wrap::AES_GCM_RETURNED, 60),
+        of("envelope-aes-gcm-appended", Wrap::AES_GCM_APPENDED, 64),
+        of("envelope-aes-kwp", Wrap::AES_KWP, 72),
+        of("envelope-aes-cbc-hmac", Wrap::AES_CBC_HMAC, 88),
+        // Of a modulus of 2048 bits.
+        of("envelope-rsa-oaep-hmac", Wrap::RSA_OAEP_HMAC, 281),
+    ]
 }
 
 fn key() -> KeyRef {
@@ -122,6 +143,7 @@ pub(crate) fn responses() -> Vec<(&'static str, Response)> {
         keys: vec![
             KeyInfo {
                 key: key(),
+                class: KeyClass::Secret,
                 bits: 256,
                 sensitive: true,
                 extractable: false,
@@ -130,6 +152,16 @@ pub(crate) fn responses() -> Vec<(&'static str, Response)> {
                     mechanism: Mechanism::AesKwp,
                     iv_mode: IvMode::None,
                 }),
+                passed_over: vec![
+                    PassedOver {
+                        wrap: Wrap::AES_GCM,
+                        reason: "another AAD is accepted".to_owned(),
+                    },
+                    PassedOver {
+                        wrap: Wrap::AES_GCM_APPENDED,
+                        reason: "é".to_owned(),
+                    },
+                ],
             },
             KeyInfo {
                 key: KeyRef {
@@ -137,11 +169,13 @@ pub(crate) fn responses() -> Vec<(&'static str, Response)> {
                     label: String::new(),
                     fingerprint: Fingerprint([0; 32]),
                 },
+                class: KeyClass::Private,
                 bits: 128,
                 sensitive: false,
                 extractable: true,
                 never_extractable: false,
                 wrap: Err("CKA_ENCRYPT is false".to_owned()),
+                passed_over: Vec::new(),
             },
         ],
         omitted: 3,

@@ -56,6 +56,9 @@ suite_prepare() {
 
 suite_lint() {
     local scripts status=0
+    need git shellcheck
+    # What is asked of tracked files would be true of none.
+    git rev-parse --is-inside-work-tree >/dev/null
     # All of them, even after one has failed: each is quick to mend.
     cargo fmt --all --check || status=1
     # The fuzz targets are a workspace of their own; what they mount of the daemon was looked at above.

@@ -15,8 +15,8 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::args::{KmsArgs, Op, Who};
 use crate::error::BenchError;
-use crate::process::{Server, cannot_start, own_program};
-use crate::report::{Figures, Report, Row};
+use crate::process::{Server, busy_percent, cannot_start, own_program};
+use crate::report::{self, Figures, Report, Row};
 use crate::samples::{Summary, median};
 
 const CONCURRENCIES: [u16; 2] = [1, 16];
@@ -53,7 +53,8 @@ pub(crate) async fn run(args: KmsArgs) -> Result<(), BenchError> {
 }
 
 async fn compare(args: &KmsArgs) -> Result<Report, BenchError> {
-    let machine = crate::report::machine();
+    let machine = report::machine();
+    let busy_before = busy_percent().await;
     let whos: Vec<Who> = Who::ALL
         .into_iter()
         .filter(|who| args.who.is_empty() || args.who.contains(who))
@@ -69,6 +70,7 @@ async fn compare(args: &KmsArgs) -> Result<Report, BenchError> {
 
     let mut report = Report {
         machine,
+        busy_percent: busy_before.max(busy_percent().await),
         figures,
         status_hung: None,
         start_ms: None,

@@ -214,6 +214,31 @@ fn parents() -> Vec<(Pid, Pid)> {
         .collect()
 }
 
+/// How much of the processors' time is in use, in percent, over the next second.
+pub(crate) async fn busy_percent() -> f64 {
+    let before = processor_time();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let after = processor_time();
+    match (before, after) {
+        (Some((idle, all)), Some((then_idle, then_all))) if then_all > all => {
+            100.0 - 100.0 * (then_idle - idle) / (then_all - all)
+        }
+        _ => f64::NAN,
+    }
+}
+
+/// Ticks that all processors were idle, and all ticks (proc(5), `/proc/stat`).
+fn processor_time() -> Option<(f64, f64)> {
+    let line = kernel_says("/proc/stat", "cpu ")?;
+    let ticks: Vec<f64> = line
+        .split_whitespace()
+        .skip(1)
+        .flat_map(str::parse)
+        .collect();
+    // Idle and waiting for a disk. The last two of the ten are counted in the first two already.
+    Some((ticks.get(3)? + ticks.get(4)?, ticks.iter().take(8).sum()))
+}
+
 /// The first line of a file in /proc that starts so, or the whole first line.
 pub(crate) fn kernel_says(path: impl AsRef<OsStr>, start: &str) -> Option<String> {
     let text = fs::read_to_string(Path::new(path.as_ref())).ok()?;

@@ -42,26 +42,26 @@ impl Figures {
 #[derive(Debug)]
 pub(crate) struct Report {
     pub(crate) machine: String,
+    /// What else kept the processors busy while nothing was measured: before and after, the larger.
+    pub(crate) busy_percent: f64,
     pub(crate) figures: Figures,
     pub(crate) status_hung: Option<Summary>,
     pub(crate) start_ms: Option<f64>,
     pub(crate) memory_mb: Option<f64>,
 }
 
-/// Cores, processor, kernel, and what else was running when the run began: a figure without them says little.
+/// Cores, processor and kernel.
 pub(crate) fn machine() -> String {
     let cores = std::thread::available_parallelism().map_or(0, usize::from);
     let model = kernel_says("/proc/cpuinfo", "model name")
         .and_then(|line| Some(line.split_once(':')?.1.trim().to_owned()))
         .unwrap_or_else(|| "unknown processor".to_owned());
     let kernel = kernel_says("/proc/sys/kernel/osrelease", "").unwrap_or_default();
-    let load = kernel_says("/proc/loadavg", "").unwrap_or_default();
-    let load: Vec<_> = load.split_whitespace().take(3).collect();
-    format!(
-        "{cores} x {model}, Linux {kernel}, load average at the start {}",
-        load.join(" ")
-    )
+    format!("{cores} x {model}, Linux {kernel}")
 }
+
+/// Above this the scheduler's decisions about others are measured rather than the servers.
+const QUIET_PERCENT: f64 = 10.0;
 
 /// A figure for programs.
 #[derive(Debug, Serialize, PartialEq)]
@@ -205,7 +205,18 @@ impl Bar {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{}\n", self.machine)?;
+        writeln!(
+            f,
+            "{}, {:.0} % busy with other work",
+            self.machine, self.busy_percent
+        )?;
+        if self.busy_percent > QUIET_PERCENT {
+            writeln!(
+                f,
+                "The machine was not quiet: repeat this before believing it."
+            )?;
+        }
+        writeln!(f)?;
         write!(f, "{:<24}", "")?;
         for who in Who::ALL {
             write!(f, "{:>10}", who.name())?;
@@ -282,6 +293,7 @@ mod tests {
         };
         Report {
             machine: "2 x a processor".to_owned(),
+            busy_percent: 3.0,
             figures: Figures::new(
                 [
                     row(Who::Raw, 1, 20.0),
@@ -339,6 +351,20 @@ mod tests {
         assert!(
             line("memory of hsmd").ends_with("10.5 <=     10.0 MB   not met"),
             "{text}"
+        );
+    }
+
+    #[test]
+    fn a_machine_with_other_work_is_said_to_spoil_the_figures() {
+        let quiet = report();
+        assert!(!quiet.to_string().contains("not quiet"));
+        let busy = Report {
+            busy_percent: 60.0,
+            ..quiet
+        };
+        assert!(
+            busy.to_string()
+                .contains("60 % busy with other work\nThe machine was not quiet")
         );
     }
 

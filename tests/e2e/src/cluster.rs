@@ -74,11 +74,21 @@ impl Etcd {
             .collect()
     }
 
+    /// Writes bytes under a key, past the API server: what restoring a snapshot comes to.
+    pub fn put_raw(&self, key: &str, value: &[u8]) -> Result<()> {
+        let request = json!({ "key": BASE64.encode(key), "value": BASE64.encode(value) });
+        self.ask("put", request).map(|_| ())
+    }
+
     fn range(&self, request: Value) -> Result<Value> {
+        self.ask("range", request)
+    }
+
+    fn ask(&self, method: &str, request: Value) -> Result<Value> {
         let text = run_with(
             Command::new("curl")
                 .args(["-sSf", "--max-time", "10", "-d", &request.to_string()])
-                .arg(format!("{}/v3/kv/range", self.url)),
+                .arg(format!("{}/v3/kv/{method}", self.url)),
         )?;
         serde_json::from_str(&text).context("etcd's answer is not JSON")
     }
@@ -168,7 +178,7 @@ impl ApiServer {
         name: &str,
     ) -> Result<Self> {
         let encryption = bench.write(
-            "encryption.yaml",
+            &format!("encryption-{name}.yaml"),
             &format!(
                 "apiVersion: apiserver.config.k8s.io/v1
 kind: EncryptionConfiguration
@@ -235,6 +245,17 @@ resources:
             .as_str()
             .context("the Secret has no password")?;
         Ok(String::from_utf8(BASE64.decode(value)?)?)
+    }
+
+    /// Writes a Secret as it is read, which seals it anew if its key_id is no longer the current one:
+    /// what storage migration does to each.
+    pub fn rewrite_secret(&self, name: &str) -> Result<()> {
+        let path = format!("/api/v1/namespaces/default/secrets/{name}");
+        let secret = self.get(&path)?;
+        match self.request("PUT", &path, Some(&secret))? {
+            (200, _) => Ok(()),
+            (code, text) => bail!("kube-apiserver did not rewrite {name} ({code}): {text}"),
+        }
     }
 
     /// GET; a status other than 200 is an error.

@@ -6,7 +6,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use crate::softhsm::{KEK, MODULE, SoftHsm, TOKEN};
+use crate::place::{Contents, Place};
+use crate::softhsm::{KEK, SoftHsm};
 use crate::workbench::{Process, Workbench, run};
 use crate::{part, wait_for};
 
@@ -42,46 +43,21 @@ pub struct Answer {
     pub body: Vec<u8>,
 }
 
-/// The configuration for one SoftHSM token and its KEK.
-pub fn configuration(bench: &Workbench, token: &SoftHsm) -> Result<PathBuf> {
-    let text = format!(
-        "cluster: {CLUSTER}
-tokens:
-  - name: main
-    uri: pkcs11:token={TOKEN}
-    module: {MODULE}
-    pin: {{file: {pin}}}
-    host:
-      env: {{SOFTHSM2_CONF: {conf}}}
-      read_only: [{conf}]
-      read_write: [{folder}]
-kms:
-  listen:
-    - {{path: {socket}, mode: \"0600\", owner: \"65534:65534\"}}
-  keys:
-    - uri: pkcs11:token={TOKEN};object={KEK};type=secret-key
-      epoch: 1
-      state: active
-      backup: acknowledged
-state_dirs: [{state}]
-",
-        pin = token.pin_file.display(),
-        conf = token.conf.display(),
-        folder = token.folder().display(),
-        socket = socket(bench).display(),
-        state = bench.path().join("state").display(),
-    );
-    bench.write("hsmd.yaml", &text, 0)
-}
-
-fn socket(bench: &Workbench) -> PathBuf {
-    bench.path().join("run/kms.sock")
+/// Writes the configuration of the workbench's only node: one SoftHSM token and its KEK.
+pub fn configuration(bench: &Workbench, token: &SoftHsm) -> Result<()> {
+    let contents = Contents::new(CLUSTER, &[(KEK, 1, "active")]);
+    Place::only(bench).configure(bench, &[token], &contents)
 }
 
 impl Daemon {
-    /// Starts hsmd with the workbench's `hsmd.yaml`. It answers at once; see [`Self::wait_ready`].
+    /// Starts hsmd as the workbench's only node. It answers at once; see [`Self::wait_ready`].
     pub fn start(bench: &Workbench) -> Result<Self> {
-        Self::start_by(bench, part("HSMD")?, Vec::new())
+        Self::start_at(bench, &Place::only(bench))
+    }
+
+    /// As [`Self::start`], for one of several nodes.
+    pub fn start_at(bench: &Workbench, place: &Place) -> Result<Self> {
+        Self::start_by(bench, place, part("HSMD")?, Vec::new())
     }
 
     /// As [`Self::start`], as the first process of a PID namespace, as in an extension's container.
@@ -90,27 +66,31 @@ impl Daemon {
         let arguments = ["--pid", "--fork", "--kill-child", "--mount-proc", &hsmd];
         Self::start_by(
             bench,
+            &Place::only(bench),
             "unshare".into(),
             arguments.map(str::to_owned).to_vec(),
         )
     }
 
-    fn start_by(bench: &Workbench, program: PathBuf, mut arguments: Vec<String>) -> Result<Self> {
+    fn start_by(
+        bench: &Workbench,
+        place: &Place,
+        program: PathBuf,
+        mut arguments: Vec<String>,
+    ) -> Result<Self> {
         // Only kube-apiserver may look for the socket, as in /var/log/audit/kube on a node.
-        bench.folder("run", crate::KUBE_APISERVER_UID)?;
-        let health = bench.path().join("health.sock");
-        let socket = socket(bench);
+        bench.folder(&place.run, crate::KUBE_APISERVER_UID)?;
         arguments.extend([
             "run".to_owned(),
-            format!("--config={}", bench.path().join("hsmd.yaml").display()),
-            format!("--listen=unix://{}", socket.display()),
-            format!("--health-listen=unix://{}", health.display()),
+            format!("--config={}", place.config.display()),
+            format!("--listen=unix://{}", place.socket.display()),
+            format!("--health-listen=unix://{}", place.health.display()),
         ]);
-        let process = bench.start("hsmd", &program, &arguments)?;
+        let process = bench.start(&place.name, &program, &arguments)?;
         Ok(Self {
             process,
-            health,
-            socket,
+            health: place.health.clone(),
+            socket: place.socket.clone(),
         })
     }
 

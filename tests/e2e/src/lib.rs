@@ -8,13 +8,17 @@
 //! |---|---|
 //! | [`workbench`] | the workbench: a folder, a cgroup, and everything gone at the end |
 //! | [`softhsm`] | a token with a key-encryption key |
+//! | [`place`] | a node's files: configuration, sockets |
 //! | [`daemon`] | hsmd, and what it says of itself |
 //! | [`cluster`] | etcd and kube-apiserver, and requests to both |
+//! | [`stored`] | (reads what kube-apiserver stored) |
 //! | [`story`] | the main job and three bad days, step by step |
 
 pub mod cluster;
 pub mod daemon;
+pub mod place;
 pub mod softhsm;
+pub mod stored;
 pub mod story;
 pub mod workbench;
 

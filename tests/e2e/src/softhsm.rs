@@ -19,6 +19,7 @@ pub const KEK: &str = "k8s-secrets-kek";
 
 /// A token that only hsm-token's user can reach.
 pub struct SoftHsm {
+    name: String,
     folder: PathBuf,
     /// What `SOFTHSM2_CONF` names.
     pub conf: PathBuf,
@@ -30,24 +31,13 @@ pub struct SoftHsm {
 impl SoftHsm {
     /// Initialises the token and generates the KEK on it: 256 bits, sensitive, never extractable.
     pub fn create(bench: &Workbench) -> Result<Self> {
-        let folder = bench.folder("softhsm", HOST_UID)?;
-        let tokens = bench.folder("softhsm/tokens", HOST_UID)?;
-        let conf = bench.path().join("softhsm2.conf");
-        fs::write(
-            &conf,
-            format!(
-                "directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\n",
-                tokens.display()
-            ),
-        )?;
-        let pin = "hsm-demo-pin-1234".to_owned();
-        let pin_file = bench.write("pin", &pin, 0)?;
-        let token = Self {
-            folder,
-            conf,
-            pin_file,
-            pin,
-        };
+        Self::create_named(bench, "main")
+    }
+
+    /// As [`Self::create`], for one of several tokens. All have the same label, and a key of their own
+    /// under the same label.
+    pub fn create_named(bench: &Workbench, name: &str) -> Result<Self> {
+        let token = Self::folder_for(bench, name)?;
         run_with(token.tool("softhsm2-util").args([
             "--init-token",
             "--free",
@@ -61,6 +51,42 @@ impl SoftHsm {
         .context("cannot initialise a SoftHSM token")?;
         token.generate_key(KEK, "01")?;
         Ok(token)
+    }
+
+    /// A second token with the same keys, as an HSM's clone or restored backup is one.
+    pub fn clone_named(&self, bench: &Workbench, name: &str) -> Result<Self> {
+        let clone = Self::folder_for(bench, name)?;
+        let from = format!("{}/.", self.tokens().display());
+        run_with(Command::new("cp").args(["-a", &from]).arg(clone.tokens()))
+            .context("cannot copy the token")?;
+        Ok(clone)
+    }
+
+    fn folder_for(bench: &Workbench, name: &str) -> Result<Self> {
+        let folder = bench.folder(&format!("softhsm-{name}"), HOST_UID)?;
+        let tokens = bench.folder(&format!("softhsm-{name}/tokens"), HOST_UID)?;
+        let conf = bench.path().join(format!("softhsm2-{name}.conf"));
+        fs::write(
+            &conf,
+            format!(
+                "directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\n",
+                tokens.display()
+            ),
+        )?;
+        let pin = "hsm-demo-pin-1234".to_owned();
+        let pin_file = bench.write("pin", &pin, 0)?;
+        Ok(Self {
+            name: name.to_owned(),
+            folder,
+            conf,
+            pin_file,
+            pin,
+        })
+    }
+
+    /// Its name in configurations.
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     /// Generates another key on the token.

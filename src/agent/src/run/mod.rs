@@ -6,6 +6,8 @@
 //! within [`STOP_LIMIT`]. A new configuration is applied as a whole or not at all.
 //! *Assumptions*: whoever started us starts us again if we crash.
 
+#[cfg(test)]
+mod interleavings;
 mod page;
 mod reaper;
 mod setup;

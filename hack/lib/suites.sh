@@ -105,6 +105,8 @@ _suites_absent() {
 }
 
 suite_unit() {
+    HSM_TEST_KRYOPTIC=$(part kryoptic)
+    export HSM_TEST_KRYOPTIC
     cargo test --workspace --exclude e2e --locked --no-fail-fast
 }
 
@@ -169,8 +171,10 @@ suite_fuzz() {
     need g++
     need_nightly
     fuzz=$(cargo_tool cargo-fuzz)
-    PATH=$(dirname "$fuzz"):$PATH cargo +nightly fuzz build --fuzz-dir tests/fuzz
-    built=tests/fuzz/target/x86_64-unknown-linux-gnu/release
+    # In the cache: with the sanitizer, the dependencies take minutes, and they are the same for every clone.
+    built=$(cache_root)/fuzz-build
+    PATH=$(dirname "$fuzz"):$PATH cargo +nightly fuzz build --fuzz-dir tests/fuzz --target-dir "$built"
+    built=$built/x86_64-unknown-linux-gnu/release
     mapfile -t targets < <(cd tests/fuzz/fuzz_targets && printf '%s\n' *.rs | sed 's/\.rs$//')
     for target in "${targets[@]}"; do
         [ -d "tests/fuzz/corpus/$target" ] || {

@@ -1,4 +1,4 @@
-# The real peers that the tests and the demo run against, built from their own Go modules.
+# The real peers that the tests and the demo run against, built from their own Go modules, and a second software token.
 #
 # To be sourced. It defines
 #   part NAME    prints the path of that part's program; builds it into the cache first when it is not there
@@ -7,23 +7,29 @@
 #   kube-apiserver-1.34   the oldest server that is still worth a run (hack/test --full)
 #   etcd
 #   kms-peer              a plain KMS v2 plugin of ours in Go, which the benchmark compares with
+#   kryoptic              Kryoptic as a PKCS#11 module: a token with mechanisms that SoftHSM lacks. Under the GPL: it is
+#                         loaded by tests and never shipped
 #
-# tests/parts holds a small Go module per peer that names it as a dependency; its go.mod and go.sum pin every byte.
+# tests/parts holds a small Go module per peer that names it as a dependency; its go.mod and go.sum pin every byte. For
+# Kryoptic it is a crate, with its Cargo.lock.
 
 # shellcheck source=hack/lib/cache.sh
 . "$(dirname "${BASH_SOURCE[0]}")/cache.sh"
+# shellcheck source=hack/lib/setup.sh
+. "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 _parts_tests=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../tests" && pwd)
 
 part() {
-    _parts_need_go || return
+    [ "$1" = kryoptic ] || _parts_need_go || return
     case $1 in
     kube-apiserver) _part_kube 1.37 "about 13 minutes" ;;
     kube-apiserver-1.34) _part_kube 1.34 "about 13 minutes" ;;
     etcd) _part_etcd ;;
     kms-peer) _part_kms_peer ;;
+    kryoptic) _part_kryoptic ;;
     *)
-        printf 'error: there is no part named "%s"\nhint: kube-apiserver, kube-apiserver-1.34, etcd or kms-peer\n' "$1" >&2
+        printf 'error: there is no part named "%s"\nhint: kube-apiserver, kube-apiserver-1.34, etcd, kms-peer or kryoptic\n' "$1" >&2
         return 2
         ;;
     esac
@@ -54,6 +60,24 @@ _part_kms_peer() {
     key=$(_parts_key "$module"/go.mod "$module"/go.sum "$module"/*.go) || return
     folder=$(cached kms-peer "$key" "building kms-peer (about a minute)" _parts_build 1 "$module" . kms-peer "-s -w") || return
     printf '%s/kms-peer\n' "$folder"
+}
+
+_part_kryoptic() {
+    local crate=$_parts_tests/parts/kryoptic version key folder
+    version=$(sed -n 's/^kryoptic-lib = .*"=\([0-9.]*\)".*/\1/p' "$crate/Cargo.toml")
+    key=$(_parts_key "$crate"/Cargo.toml "$crate"/Cargo.lock "$crate"/src/*.rs) || return
+    folder=$(cached "kryoptic-$version" "$key" "building Kryoptic $version (first time only, about 2 minutes)" \
+        _parts_build_kryoptic "$crate") || return
+    printf '%s/libkryoptic_module.so\n' "$folder"
+}
+
+# CRATE FOLDER
+_parts_build_kryoptic() {
+    local crate=$1 folder=$2
+    need_rust && need libclang-dev libssl-dev libsqlite3-dev || return
+    # From the repository, so that the pinned compiler builds it.
+    (cd "$crate" && CARGO_TARGET_DIR="$folder/build" cargo build --quiet --locked --release </dev/null) || return
+    mv "$folder/build/release/libkryoptic_module.so" "$folder/" && rm -rf "$folder/build"
 }
 
 # NAME VERSION DURATION MODULE PACKAGE LDFLAGS: a program that the module only names, so its go.mod says it all.

@@ -45,6 +45,9 @@ _setup_has() {
     binutils) command -v objdump ;;
     gcc) command -v cc ;;
     g++) command -v c++ ;;
+    libclang-dev) compgen -G '/usr/lib/llvm-*/lib/libclang.so' || compgen -G '/usr/lib/*/libclang*.so' ;;
+    libssl-dev) [ -e /usr/include/openssl/evp.h ] ;;
+    libsqlite3-dev) [ -e /usr/include/sqlite3.h ] ;;
     libc6-dev) [ -e /usr/include/stdio.h ] ;;
     opensc) command -v pkcs11-tool ;;
     python3-pip) python3 -m pip --version ;;

@@ -1,24 +1,24 @@
-//! What is on the token: its AES keys, who they are, and how each can wrap.
+//! What is on the token: its keys that may wrap, who they are, and how each does.
+//!
+//! AES keys all; of RSA keys those that may decrypt and have a key for HMAC beside them, which nobody
+//! makes but for this. A certificate authority's keys are none of our business.
 
 use cryptoki_sys::*;
-use hsm_wire::envelope::Wrap;
 use hsm_wire::host::{
     Description, KeyClass, KeyInfo, KeyRef, MAX_KEYS, MAX_MESSAGE_LEN, MAX_NAME_LEN, TokenInfo,
 };
-use hsm_wire::identity::Fingerprint;
 
 use crate::failure::Failure;
 use crate::key::{self, Place};
+use crate::rsa;
+use crate::selftest;
 use crate::token::Token;
-use crate::wrap::{self, Scratch};
+use crate::wrap::{Key, MacKeys, Partners, Scratch};
 
 /// Secret keys looked at. A token with more is not one for a node's daemon.
 const MAX_OBJECTS: usize = 4096;
 /// The message's head, and the token's four texts of at most [`MAX_NAME_LEN`] bytes each.
 const ROOM_FOR_THE_REST: usize = 64 + 4 * (2 + MAX_NAME_LEN);
-/// Plaintexts of the self-test: shorter than a block, one byte more and less than blocks, whole
-/// blocks. Odd ones are where tokens have been seen to pad.
-const LENGTHS: [usize; 4] = [1, 15, 32, 33];
 
 /// Describes the token by `session`. Keys that cannot be told apart are counted, not listed.
 pub(crate) fn describe(
@@ -27,20 +27,27 @@ pub(crate) fn describe(
     place: Place<'_>,
     scratch: &mut Scratch,
 ) -> Result<Description, Failure> {
-    let class = CKO_SECRET_KEY.to_ne_bytes();
-    let wanted: [(CK_ATTRIBUTE_TYPE, &[u8]); 2] = [(CKA_CLASS, &class), (CKA_TOKEN, &[CK_TRUE])];
-    let objects = place.module.find(place.session, &wanted, MAX_OBJECTS)?;
-    let total = objects.len();
     let mut keys = Vec::new();
     let mut first_failure = None;
-    for object in objects {
-        match read_key(place, object) {
-            Ok(Some(key)) => keys.push((key, object)),
-            Ok(None) => {}
-            Err(failure) if tells_of_one_key(&failure) => {
-                first_failure.get_or_insert(failure);
+    let mut total = 0;
+    for class in [KeyClass::Secret, KeyClass::Private] {
+        let object_class = key::object_class(class).to_ne_bytes();
+        let wanted: [(CK_ATTRIBUTE_TYPE, &[u8]); 2] =
+            [(CKA_CLASS, &object_class), (CKA_TOKEN, &[CK_TRUE])];
+        for object in place.module.find(place.session, &wanted, MAX_OBJECTS)? {
+            let read = read_key(place, object, class);
+            // An RSA key that is none of ours is not left out.
+            total += usize::from(class == KeyClass::Secret || matches!(read, Ok(Some(_))));
+            match read {
+                Ok(Some(key)) => keys.push((key, object)),
+                Ok(None) => {}
+                Err(failure) if failure.tells_of_one_key() => {
+                    if class == KeyClass::Secret {
+                        first_failure.get_or_insert(failure);
+                    }
+                }
+                Err(failure) => return Err(failure),
             }
-            Err(failure) => return Err(failure),
         }
     }
     // When no key at all works it is the token that fails, and the ladder's business.
@@ -49,11 +56,28 @@ pub(crate) fn describe(
     {
         return Err(failure);
     }
-    keys.sort_by(|(a, _), (b, _)| (&a.key.label, &a.key.id).cmp(&(&b.key.label, &b.key.id)));
+    let order = |info: &KeyInfo| {
+        let KeyRef { label, id, .. } = info.key.clone();
+        (info.class as u8, label, id)
+    };
+    keys.sort_by_cached_key(|(info, _)| order(info));
     let mut listed = Vec::new();
     let mut room = MAX_MESSAGE_LEN - ROOM_FOR_THE_REST;
     for (mut key, object) in keys.into_iter().take(MAX_KEYS) {
-        key.wrap = choose_wrap(token, place, object, &key.key.fingerprint, scratch)?;
+        let partners = partners(place, &key, object)?;
+        let choice = selftest::choose(
+            token,
+            place,
+            key.class,
+            &Key {
+                key: &key.key,
+                object,
+                partners: &partners,
+            },
+            scratch,
+        )?;
+        key.wrap = choice.wrap;
+        key.passed_over = choice.passed_over;
         token.note_handle(&key.key, object);
         let Some(left) = room.checked_sub(size(&key)) else {
             break;
@@ -71,21 +95,29 @@ pub(crate) fn describe(
 /// At least what a key takes in the message.
 fn size(key: &KeyInfo) -> usize {
     let reason = key.wrap.as_ref().err().map_or(0, String::len);
-    64 + key.key.id.len() + key.key.label.len() + reason
+    let passed_over = key.passed_over.iter();
+    let passed_over: usize = passed_over.map(|better| 4 + better.reason.len()).sum();
+    64 + key.key.id.len() + key.key.label.len() + reason + passed_over
 }
 
-/// A failure that names neither session nor token may be one key's own: an HSM gives
-/// CKR_DEVICE_ERROR for a key in a state it does not like.
-fn tells_of_one_key(failure: &Failure) -> bool {
-    match failure {
-        Failure::Call(error) => error.is_refusal() || error.may_mean_tampered(),
-        Failure::Final(_) => true,
-        _ => false,
+/// A key's partners, none where looking for them fails for this key alone.
+fn partners(
+    place: Place<'_>,
+    info: &KeyInfo,
+    object: CK_OBJECT_HANDLE,
+) -> Result<Partners, Failure> {
+    match key::find_partners(place, info.class, &info.key, object) {
+        Err(failure) if failure.tells_of_one_key() => Ok(Partners::default()),
+        found => found,
     }
 }
 
-/// What can be said of an object, if it is an AES key that can be fingerprinted.
-fn read_key(place: Place<'_>, object: CK_OBJECT_HANDLE) -> Result<Option<KeyInfo>, Failure> {
+/// What can be said of an object, if it is a key of ours that can be fingerprinted.
+fn read_key(
+    place: Place<'_>,
+    object: CK_OBJECT_HANDLE,
+    class: KeyClass,
+) -> Result<Option<KeyInfo>, Failure> {
     let bytes = |kind| {
         let mut value = [0; MAX_NAME_LEN];
         let len = place
@@ -105,7 +137,7 @@ fn read_key(place: Place<'_>, object: CK_OBJECT_HANDLE) -> Result<Option<KeyInfo
             _ => otherwise,
         })
     };
-    if number(CKA_KEY_TYPE)? != Some(CKK_AES) {
+    if number(CKA_KEY_TYPE)? != Some(key::key_type(class)) {
         return Ok(None);
     }
     // A label that is no text or too long cannot be asked for.
@@ -115,16 +147,24 @@ fn read_key(place: Place<'_>, object: CK_OBJECT_HANDLE) -> Result<Option<KeyInfo
     let Ok(label) = String::from_utf8(label) else {
         return Ok(None);
     };
-    let bits = number(CKA_VALUE_LEN)?
-        .and_then(|len| u16::try_from(len * 8).ok())
-        .unwrap_or(0);
+    let bits = match class {
+        KeyClass::Secret => number(CKA_VALUE_LEN)?
+            .and_then(|len| u16::try_from(len * 8).ok())
+            .unwrap_or(0),
+        KeyClass::Private => {
+            if !flag(CKA_DECRYPT, false)? || MacKeys::find(place, &id)?.is_empty() {
+                return Ok(None);
+            }
+            rsa::bits(place, object)?
+        }
+    };
     Ok(Some(KeyInfo {
         key: KeyRef {
             id,
             label,
-            fingerprint: key::fingerprint(place, object)?,
+            fingerprint: key::fingerprint(place, object, class)?,
         },
-        class: KeyClass::Secret,
+        class,
         bits,
         sensitive: flag(CKA_SENSITIVE, false)?,
         extractable: flag(CKA_EXTRACTABLE, true)?,
@@ -132,67 +172,4 @@ fn read_key(place: Place<'_>, object: CK_OBJECT_HANDLE) -> Result<Option<KeyInfo
         wrap: Err(String::new()),
         passed_over: Vec::new(),
     }))
-}
-
-/// The first wrap that passes the self-test, or why none does. Tested once per key and process.
-fn choose_wrap(
-    token: &Token,
-    place: Place<'_>,
-    object: CK_OBJECT_HANDLE,
-    fingerprint: &Fingerprint,
-    scratch: &mut Scratch,
-) -> Result<Result<Wrap, String>, Failure> {
-    if let Some(known) = token.known_wrap(fingerprint) {
-        return Ok(known);
-    }
-    let wrap = Wrap::AES_GCM;
-    let tested = match self_test(place, object, wrap, scratch) {
-        Ok(Ok(())) => Ok(wrap),
-        Ok(Err(reason)) => Err(format!("AES-GCM: {reason}")),
-        Err(failure) if tells_of_one_key(&failure) => {
-            let reason = failure.into_fault("seal and unseal test bytes");
-            // Not noted: it may pass.
-            return Ok(Err(format!("AES-GCM: {reason}")));
-        }
-        Err(failure) => return Err(failure),
-    };
-    token.note_wrap(*fingerprint, tested.clone());
-    Ok(tested)
-}
-
-/// Seals and unseals bytes of several lengths, then changes each part and expects a refusal. The
-/// inner error says what the token does wrong.
-fn self_test(
-    place: Place<'_>,
-    object: CK_OBJECT_HANDLE,
-    wrap: Wrap,
-    scratch: &mut Scratch,
-) -> Result<Result<(), String>, Failure> {
-    const AAD: &[u8] = b"talos-hsm self-test v1";
-    let mut bytes = [0; 33];
-    place.module.random(place.session, &mut bytes)?;
-    let mut sealed = Vec::new();
-    for len in LENGTHS {
-        let plaintext = &bytes[..len];
-        sealed = wrap::seal(place, object, wrap, AAD, plaintext, scratch)?;
-        let back = wrap::unseal(place, object, wrap, AAD, &sealed, len, scratch)?;
-        if back.expose() != plaintext {
-            return Ok(Err(format!("{len} bytes come back as others")));
-        }
-    }
-    let mut accepts = |aad: &[u8], sealed: &[u8]| {
-        wrap::unseal(place, object, wrap, aad, sealed, bytes.len(), scratch).is_ok()
-    };
-    if accepts(b"talos-hsm self-test v2", &sealed) {
-        return Ok(Err("another AAD is accepted".to_owned()));
-    }
-    let last = sealed.len() - 1;
-    for (part, at) in [("IV", 0), ("ciphertext", 12), ("tag", last)] {
-        let mut changed = sealed.clone();
-        changed[at] ^= 1;
-        if accepts(AAD, &changed) {
-            return Ok(Err(format!("a changed {part} is accepted")));
-        }
-    }
-    Ok(Ok(()))
 }

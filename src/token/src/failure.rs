@@ -132,6 +132,16 @@ impl Failure {
         }
     }
 
+    /// A failure that names neither session nor token may be one key's own: an HSM gives
+    /// CKR_DEVICE_ERROR for a key in a state it does not like.
+    pub(crate) fn tells_of_one_key(&self) -> bool {
+        match self {
+            Self::Call(error) => error.is_refusal() || error.may_mean_tampered(),
+            Self::Final(_) => true,
+            _ => false,
+        }
+    }
+
     /// The token has forgotten that we are logged in.
     pub(crate) fn is_login_lost(&self) -> bool {
         matches!(self, Self::Call(error) if error.code == CKR_USER_NOT_LOGGED_IN)

@@ -6,11 +6,13 @@
 
 use cryptoki_sys::*;
 use hsm_wire::fault::FaultKind;
-use hsm_wire::host::{KeyRef, MAX_NAME_LEN};
+use hsm_wire::host::{KeyClass, KeyRef, MAX_NAME_LEN};
 use hsm_wire::identity::{FINGERPRINT_BLOCK, Fingerprint, FingerprintMethod};
 
 use crate::failure::Failure;
 use crate::module::{Mechanism, Module};
+use crate::rsa;
+use crate::wrap::{MacKeys, Partners};
 
 /// More objects than this with one label and id are not looked at: two are one too many already.
 const MAX_NAMESAKES: usize = 16;
@@ -24,12 +26,45 @@ pub(crate) struct Place<'a> {
     pub(crate) session: CK_SESSION_HANDLE,
 }
 
-/// The handle of the one secret key with this label and id, or None when there is none. Its
+/// `CKO_*`
+pub(crate) fn object_class(class: KeyClass) -> CK_OBJECT_CLASS {
+    match class {
+        KeyClass::Secret => CKO_SECRET_KEY,
+        KeyClass::Private => CKO_PRIVATE_KEY,
+    }
+}
+
+/// `CKK_*`
+pub(crate) fn key_type(class: KeyClass) -> CK_KEY_TYPE {
+    match class {
+        KeyClass::Secret => CKK_AES,
+        KeyClass::Private => CKK_RSA,
+    }
+}
+
+/// The class, for people.
+pub(crate) fn class_name(class: KeyClass) -> &'static str {
+    match class {
+        KeyClass::Secret => "secret key",
+        KeyClass::Private => "private key",
+    }
+}
+
+/// The handle of the one key of this class, label and id, or None when there is none. Its
 /// fingerprint is compared; another key in its place is an error.
-pub(crate) fn find(place: Place<'_>, key: &KeyRef) -> Result<Option<CK_OBJECT_HANDLE>, Failure> {
-    let class = CKO_SECRET_KEY.to_ne_bytes();
-    let mut wanted: Vec<(CK_ATTRIBUTE_TYPE, &[u8])> =
-        vec![(CKA_CLASS, &class), (CKA_TOKEN, &[CK_TRUE])];
+pub(crate) fn find(
+    place: Place<'_>,
+    class: KeyClass,
+    key: &KeyRef,
+) -> Result<Option<CK_OBJECT_HANDLE>, Failure> {
+    let object_class = object_class(class).to_ne_bytes();
+    // By its type too: the key for HMAC beside a wrapping key may have its label as well.
+    let kind = key_type(class).to_ne_bytes();
+    let mut wanted: Vec<(CK_ATTRIBUTE_TYPE, &[u8])> = vec![
+        (CKA_CLASS, &object_class),
+        (CKA_KEY_TYPE, &kind),
+        (CKA_TOKEN, &[CK_TRUE]),
+    ];
     // What an empty value in a search template matches differs by vendor; `has_name` is exact.
     if !key.label.is_empty() {
         wanted.push((CKA_LABEL, key.label.as_bytes()));
@@ -46,14 +81,15 @@ pub(crate) fn find(place: Place<'_>, key: &KeyRef) -> Result<Option<CK_OBJECT_HA
     match found[..] {
         [] => Ok(None),
         [object] => {
-            check_fingerprint(place, object, key)?;
+            check_fingerprint(place, object, class, key)?;
             Ok(Some(object))
         }
         _ => Err(Failure::settled(
             FaultKind::KeyAmbiguous,
             format!(
-                "{} secret keys are {}; give one of them another id",
+                "{} {}s are {}; give one of them another id",
                 found.len(),
+                class_name(class),
                 name(key)
             ),
         )),
@@ -64,30 +100,37 @@ pub(crate) fn find(place: Place<'_>, key: &KeyRef) -> Result<Option<CK_OBJECT_HA
 pub(crate) fn check_fingerprint(
     place: Place<'_>,
     object: CK_OBJECT_HANDLE,
+    class: KeyClass,
     key: &KeyRef,
 ) -> Result<(), Failure> {
-    if fingerprint(place, object)? == key.fingerprint {
+    if fingerprint(place, object, class)? == key.fingerprint {
         return Ok(());
     }
     // The fingerprint may date from before the token could compute a CMAC, or the key sign with it.
-    if fingerprint_by_ecb(place, object)? == Some(key.fingerprint) {
+    if class == KeyClass::Secret && fingerprint_by_ecb(place, object)? == Some(key.fingerprint) {
         return Ok(());
     }
     Err(Failure::settled(
         FaultKind::KeyChanged,
         format!(
-            "the secret key {} is another one than before: its fingerprint is not {}",
+            "the {} {} is another one than before: its fingerprint is not {}",
+            class_name(class),
             name(key),
             key.fingerprint.prefix()
         ),
     ))
 }
 
-/// The key's fingerprint: by CMAC, else, if key or token have none, by ECB.
+/// The key's fingerprint: of an RSA key's public half; of an AES key by CMAC, else, if key or token
+/// have none, by ECB.
 pub(crate) fn fingerprint(
     place: Place<'_>,
     object: CK_OBJECT_HANDLE,
+    class: KeyClass,
 ) -> Result<Fingerprint, Failure> {
+    if class == KeyClass::Private {
+        return rsa::fingerprint(place, object);
+    }
     let mut block = FINGERPRINT_BLOCK;
     let mut image = [0; 64];
     let signed = place.module.sign(
@@ -114,6 +157,22 @@ pub(crate) fn fingerprint(
             }),
         Err(failure) => Err(failure),
     }
+}
+
+/// What some wraps need beside the key.
+pub(crate) fn find_partners(
+    place: Place<'_>,
+    class: KeyClass,
+    key: &KeyRef,
+    object: CK_OBJECT_HANDLE,
+) -> Result<Partners, Failure> {
+    Ok(Partners {
+        macs: MacKeys::find(place, &key.id)?,
+        public: match class {
+            KeyClass::Secret => None,
+            KeyClass::Private => rsa::find_public(place, object, &key.id)?,
+        },
+    })
 }
 
 fn fingerprint_by_ecb(

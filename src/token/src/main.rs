@@ -37,6 +37,8 @@ mod latch;
 mod login;
 mod module;
 mod pin;
+mod rsa;
+mod selftest;
 mod serve;
 mod session;
 mod token;

@@ -7,10 +7,11 @@
 //! re-initialise. Every request here is free of side effects, so that each may be tried again.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cryptoki_sys::*;
-use hsm_wire::envelope::Wrap;
+use hsm_wire::envelope::{IvMode, Mechanism, Wrap};
 use hsm_wire::fault::{Fault, FaultKind};
 use hsm_wire::host::{Answer, KeyRef, Recovery, Request, Response};
 use hsm_wire::secret::Secret;
@@ -21,7 +22,7 @@ use crate::failure::{CallError, Failure, Rung};
 use crate::key::{self, Place};
 use crate::login::is_public;
 use crate::token::{Live, Reinitialized, Token};
-use crate::wrap::{self, Scratch};
+use crate::wrap::{self, Key, Partners, Scratch};
 
 /// Keys whose handles a thread keeps. The daemon names a handful; more means that it went wrong.
 const MAX_KNOWN_KEYS: usize = 256;
@@ -35,6 +36,10 @@ pub(crate) struct Worker<'t> {
     /// The generation that `session` and `handles` belong to.
     generation: u64,
     handles: HashMap<KeyRef, CK_OBJECT_HANDLE>,
+    /// Of the keys in `handles` whose wrap needs them.
+    partners: HashMap<KeyRef, Arc<Partners>>,
+    /// For those whose wrap does not.
+    no_partners: Arc<Partners>,
     scratch: Scratch,
     /// The token said that we are not logged in: ask again whatever the session's state says.
     login_lost: bool,
@@ -49,6 +54,8 @@ impl<'t> Worker<'t> {
             session: None,
             generation: 0,
             handles: HashMap::new(),
+            partners: HashMap::new(),
+            no_partners: Arc::default(),
             scratch: Scratch::new(),
             login_lost: false,
             last_line: None,
@@ -187,9 +194,15 @@ impl<'t> Worker<'t> {
                 aad,
                 plaintext,
             } => {
-                let object = self.find_key(place, key)?;
+                let object = self.find_key(place, key, *wrap)?;
+                let partners = self.partners(place, key, object, *wrap, None)?;
+                let with = Key {
+                    key,
+                    object,
+                    partners: &partners,
+                };
                 let scratch = &mut self.scratch;
-                wrap::seal(place, object, *wrap, aad, plaintext.expose(), scratch)
+                wrap::seal(place, &with, *wrap, aad, plaintext.expose(), scratch)
                     .map(Answer::Sealed)
             }
             Request::Unseal {
@@ -199,15 +212,22 @@ impl<'t> Worker<'t> {
                 sealed,
                 plaintext_len,
             } => {
-                let object = self.find_key(place, key)?;
+                let object = self.find_key(place, key, *wrap)?;
+                let partners = self.partners(place, key, object, *wrap, Some(sealed))?;
+                let with = Key {
+                    key,
+                    object,
+                    partners: &partners,
+                };
                 let len = *plaintext_len as usize;
                 let scratch = &mut self.scratch;
-                match wrap::unseal(place, object, *wrap, aad, sealed, len, scratch) {
+                match wrap::unseal(place, &with, *wrap, aad, sealed, len, scratch) {
                     Ok(plaintext) => Ok(Answer::Unsealed(plaintext)),
                     Err(Failure::Call(error))
-                        if error.function == "C_Decrypt" && error.may_mean_tampered() =>
+                        if ["C_Decrypt", "C_UnwrapKey"].contains(&error.function)
+                            && error.may_mean_tampered() =>
                     {
-                        Err(self.tampered_or_broken(live, place, object, key, *wrap, error))
+                        Err(self.tampered_or_broken(live, place, &with, *wrap, error))
                     }
                     Err(failure) => Err(failure),
                 }
@@ -222,12 +242,11 @@ impl<'t> Worker<'t> {
         &mut self,
         live: &Live,
         mut place: Place<'_>,
-        object: CK_OBJECT_HANDLE,
-        key: &KeyRef,
+        key: &Key<'_>,
         wrap: Wrap,
         error: CallError,
     ) -> Failure {
-        let mut control = self.control(place, object, key, wrap);
+        let mut control = self.control(place, key, wrap);
         // A library may leave the failed decryption active, against PKCS#11 2.40 §5.9, and then
         // nothing works on this session any more.
         if matches!(&control, Err(Failure::Call(error)) if error.code == CKR_OPERATION_ACTIVE)
@@ -239,7 +258,7 @@ impl<'t> Worker<'t> {
                 .open_session(live, &mut Recovery::default())
                 .and_then(|session| {
                     place.session = session;
-                    self.control(place, object, key, wrap)
+                    self.control(place, key, wrap)
                 });
         }
         match control {
@@ -252,15 +271,22 @@ impl<'t> Worker<'t> {
         }
     }
 
-    fn control(
-        &mut self,
-        place: Place<'_>,
-        object: CK_OBJECT_HANDLE,
-        key: &KeyRef,
-        wrap: Wrap,
-    ) -> Result<(), Failure> {
-        key::check_fingerprint(place, object, key)?;
-        match self.round_trip(place, object, wrap) {
+    fn control(&mut self, place: Place<'_>, key: &Key<'_>, wrap: Wrap) -> Result<(), Failure> {
+        key::check_fingerprint(place, key.object, wrap::class_of(wrap), key.key)?;
+        // What was sealed where the token chose the IV also opens where it does not; sealing so does
+        // not work there.
+        let wrap = match wrap.iv_mode {
+            IvMode::Returned | IvMode::Appended => {
+                let choice = self.token.known_choice(&key.key.fingerprint);
+                match choice.map(|choice| choice.wrap) {
+                    Some(Ok(chosen)) if chosen.mechanism == Mechanism::AesGcm => chosen,
+                    // Its fingerprint has shown that key and session work.
+                    _ => return Ok(()),
+                }
+            }
+            IvMode::None | IvMode::Caller => wrap,
+        };
+        match self.round_trip(place, key, wrap) {
             // A key that may only decrypt: its fingerprint has shown that it works.
             Err(Failure::Call(error)) if error.is_refusal() => Ok(()),
             outcome => outcome,
@@ -268,34 +294,27 @@ impl<'t> Worker<'t> {
     }
 
     fn probe(&mut self, place: Place<'_>, key: &KeyRef, wrap: Wrap) -> Result<Answer, Failure> {
-        let object = self.find_key(place, key)?;
+        let object = self.find_key(place, key, wrap)?;
+        let partners = self.partners(place, key, object, wrap, None)?;
         // The handle may have come to mean another key (a failover, a restored backup): the
         // periodic probe is where that is noticed without slowing every request.
-        key::check_fingerprint(place, object, key)?;
-        self.round_trip(place, object, wrap)?;
+        key::check_fingerprint(place, object, wrap::class_of(wrap), key)?;
+        let with = Key {
+            key,
+            object,
+            partners: &partners,
+        };
+        self.round_trip(place, &with, wrap)?;
         Ok(Answer::Probed)
     }
 
     /// Seals and unseals fresh random bytes.
-    fn round_trip(
-        &mut self,
-        place: Place<'_>,
-        object: CK_OBJECT_HANDLE,
-        wrap: Wrap,
-    ) -> Result<(), Failure> {
+    fn round_trip(&mut self, place: Place<'_>, key: &Key<'_>, wrap: Wrap) -> Result<(), Failure> {
         let mut bytes = Zeroizing::new([0; 32]);
         place.module.random(place.session, &mut *bytes)?;
         let scratch = &mut self.scratch;
-        let sealed = wrap::seal(place, object, wrap, PROBE_AAD, &*bytes, scratch)?;
-        let back = wrap::unseal(
-            place,
-            object,
-            wrap,
-            PROBE_AAD,
-            &sealed,
-            bytes.len(),
-            scratch,
-        )?;
+        let sealed = wrap::seal(place, key, wrap, PROBE_AAD, &*bytes, scratch)?;
+        let back = wrap::unseal(place, key, wrap, PROBE_AAD, &sealed, bytes.len(), scratch)?;
         if back == Secret::copy_of(&*bytes) {
             Ok(())
         } else {
@@ -316,6 +335,7 @@ impl<'t> Worker<'t> {
             // C_Finalize has closed the session and voided the handles.
             self.session = None;
             self.handles.clear();
+            self.partners.clear();
             self.generation = live.generation;
             self.login_lost = false;
         }
@@ -342,29 +362,69 @@ impl<'t> Worker<'t> {
                 self.token.module.close_session(session);
             }
         }
+        self.partners.clear();
         for (key, handle) in self.handles.drain() {
             self.token.forget_handle(&key, handle);
         }
     }
 
     /// The key's handle: this thread's, another's, or found by a search.
-    fn find_key(&mut self, place: Place<'_>, key: &KeyRef) -> Result<CK_OBJECT_HANDLE, Failure> {
+    fn find_key(
+        &mut self,
+        place: Place<'_>,
+        key: &KeyRef,
+        wrap: Wrap,
+    ) -> Result<CK_OBJECT_HANDLE, Failure> {
         if let Some(object) = self.handles.get(key) {
             return Ok(*object);
         }
         let object = match self.token.known_handle(key) {
             Some(object) => object,
-            None => self.search_key(place, key)?,
+            None => self.search_key(place, key, wrap)?,
         };
         if self.handles.len() >= MAX_KNOWN_KEYS {
             self.handles.clear();
+            self.partners.clear();
         }
         self.handles.insert(key.clone(), object);
         Ok(object)
     }
 
-    fn search_key(&self, place: Place<'_>, key: &KeyRef) -> Result<CK_OBJECT_HANDLE, Failure> {
-        if let Some(object) = key::find(place, key)? {
+    /// What `wrap` needs beside the key: noted, or found by a search where what is noted does not do.
+    fn partners(
+        &mut self,
+        place: Place<'_>,
+        key: &KeyRef,
+        object: CK_OBJECT_HANDLE,
+        wrap: Wrap,
+        sealed: Option<&[u8]>,
+    ) -> Result<Arc<Partners>, Failure> {
+        if !wrap::needs_partners(wrap) {
+            return Ok(Arc::clone(&self.no_partners));
+        }
+        if let Some(known) = self.partners.get(key) {
+            let does = match sealed {
+                Some(sealed) => known.macs.has_maker_of(sealed),
+                None => !known.macs.is_empty(),
+            };
+            if does {
+                return Ok(Arc::clone(known));
+            }
+        }
+        let found = key::find_partners(place, wrap::class_of(wrap), key, object)?;
+        let found = Arc::new(found);
+        self.partners.insert(key.clone(), Arc::clone(&found));
+        Ok(found)
+    }
+
+    fn search_key(
+        &self,
+        place: Place<'_>,
+        key: &KeyRef,
+        wrap: Wrap,
+    ) -> Result<CK_OBJECT_HANDLE, Failure> {
+        let class = wrap::class_of(wrap);
+        if let Some(object) = key::find(place, class, key)? {
             self.token.note_handle(key, object);
             return Ok(object);
         }
@@ -380,7 +440,11 @@ impl<'t> Worker<'t> {
         }
         Err(Failure::settled(
             FaultKind::KeyNotFound,
-            format!("the token has no secret key {}", key::name(key)),
+            format!(
+                "the token has no {} {}",
+                key::class_name(class),
+                key::name(key)
+            ),
         ))
     }
 
@@ -390,6 +454,7 @@ impl<'t> Worker<'t> {
         else {
             return;
         };
+        self.partners.remove(key);
         if let Some(handle) = self.handles.remove(key) {
             self.token.forget_handle(key, handle);
         }

@@ -17,7 +17,6 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use cryptoki_sys::*;
-use hsm_wire::envelope::Wrap;
 use hsm_wire::fault::{Fault, FaultKind};
 use hsm_wire::host::{KeyRef, Open, TokenInfo};
 use hsm_wire::identity::Fingerprint;
@@ -27,6 +26,7 @@ use crate::failure::{CallError, Failure};
 use crate::login::Login;
 use crate::module::{Module, Threading};
 use crate::pin::LockedPin;
+use crate::selftest::Choice;
 
 /// How long re-initialisation waits for other threads to leave the module. A call that is not stuck
 /// takes milliseconds; the daemon's own limit for a call (2 s by default) must not pass meanwhile.
@@ -45,7 +45,7 @@ pub(crate) struct Token {
     waiting_writers: AtomicU32,
     login: Mutex<Login>,
     keys: Mutex<Keys>,
-    wraps: Mutex<HashMap<Fingerprint, Result<Wrap, String>>>,
+    wraps: Mutex<HashMap<Fingerprint, Choice>>,
     spare_seat: Mutex<()>,
 }
 
@@ -263,13 +263,13 @@ impl Token {
     }
 
     /// The self-test's result for a key, if it was run.
-    pub(crate) fn known_wrap(&self, fingerprint: &Fingerprint) -> Option<Result<Wrap, String>> {
+    pub(crate) fn known_choice(&self, fingerprint: &Fingerprint) -> Option<Choice> {
         lock(&self.wraps).get(fingerprint).cloned()
     }
 
     /// Notes a self-test's result.
-    pub(crate) fn note_wrap(&self, fingerprint: Fingerprint, wrap: Result<Wrap, String>) {
-        lock(&self.wraps).insert(fingerprint, wrap);
+    pub(crate) fn note_choice(&self, fingerprint: Fingerprint, choice: Choice) {
+        lock(&self.wraps).insert(fingerprint, choice);
     }
 }
 

@@ -210,7 +210,7 @@ fn a_key_is_found_by_its_names_and_known_by_its_fingerprint() {
 }
 
 #[test]
-fn other_wraps_are_refused_by_name() {
+fn wraps_that_nothing_writes_are_refused_by_name() {
     let token = SoftHsm::new();
     let mut host = host(&token);
     let key = host.key();
@@ -218,16 +218,16 @@ fn other_wraps_are_refused_by_name() {
         (
             Wrap {
                 mechanism: Mechanism::AesGcm,
-                iv_mode: IvMode::Returned,
+                iv_mode: IvMode::None,
             },
-            "an IV that the token returns",
+            "AesGcm with IV mode None",
         ),
         (
             Wrap {
                 mechanism: Mechanism::AesKwp,
-                iv_mode: IvMode::None,
+                iv_mode: IvMode::Appended,
             },
-            "AES-KWP",
+            "AesKwp with IV mode Appended",
         ),
     ] {
         let request = Request::Seal {

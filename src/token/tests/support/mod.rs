@@ -5,6 +5,7 @@
 
 mod host;
 pub(crate) mod hostile;
+pub(crate) mod manners;
 mod softhsm;
 
 use std::path::Path;

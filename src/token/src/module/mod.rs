@@ -17,6 +17,20 @@ use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 
 use crate::failure::{CallError, Failure};
 
+macro_rules! function {
+    ($module:expr, $name:ident) => {
+        $module.functions.$name.ok_or(CallError {
+            function: stringify!($name),
+            code: CKR_FUNCTION_NOT_SUPPORTED,
+        })?
+    };
+}
+
+mod mechanism;
+mod objects;
+
+pub(crate) use mechanism::{Mechanism, OaepHash};
+
 /// More slots than any module has; a larger number is a lie.
 const MAX_SLOTS: usize = 4096;
 /// Handles taken from the module per C_FindObjects.
@@ -31,21 +45,6 @@ pub(crate) struct Module {
     _library: ManuallyDrop<Library>,
 }
 
-/// A mechanism of AES with its parameter. The parameter is mutable because some tokens write into it.
-pub(crate) enum Mechanism<'a> {
-    /// `CKM_AES_GCM`, tag of 128 bits.
-    Gcm {
-        /// The IV.
-        iv: &'a mut [u8; 12],
-        /// The additional authenticated data.
-        aad: &'a mut [u8],
-    },
-    /// `CKM_AES_ECB`
-    Ecb,
-    /// `CKM_AES_CMAC`
-    Cmac,
-}
-
 /// How a module may be called.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Threading {
@@ -53,15 +52,6 @@ pub(crate) enum Threading {
     Parallel,
     /// From one thread at a time: it cannot lock.
     Serial,
-}
-
-macro_rules! function {
-    ($module:expr, $name:ident) => {
-        $module.functions.$name.ok_or(CallError {
-            function: stringify!($name),
-            code: CKR_FUNCTION_NOT_SUPPORTED,
-        })?
-    };
 }
 
 impl Module {
@@ -431,37 +421,6 @@ impl Module {
             CallError::check("C_Sign", code)?;
             bounded("C_Sign", written, output.len())
         })
-    }
-}
-
-impl Mechanism<'_> {
-    fn with_raw<R>(&mut self, call: impl FnOnce(*mut CK_MECHANISM) -> R) -> R {
-        let plain = |mechanism| CK_MECHANISM {
-            mechanism,
-            pParameter: ptr::null_mut(),
-            ulParameterLen: 0,
-        };
-        match self {
-            Self::Gcm { iv, aad } => {
-                let mut params = CK_GCM_PARAMS {
-                    pIv: iv.as_mut_ptr(),
-                    ulIvLen: iv.len() as CK_ULONG,
-                    // Luna refuses to decrypt when it is 0.
-                    ulIvBits: 8 * iv.len() as CK_ULONG,
-                    // Never null, also when empty: SoftHSM before 2.7 crashes on that.
-                    pAAD: aad.as_mut_ptr(),
-                    ulAADLen: aad.len() as CK_ULONG,
-                    ulTagBits: 128,
-                };
-                call(&mut CK_MECHANISM {
-                    mechanism: CKM_AES_GCM,
-                    pParameter: (&raw mut params).cast(),
-                    ulParameterLen: size_of::<CK_GCM_PARAMS>() as CK_ULONG,
-                })
-            }
-            Self::Ecb => call(&mut plain(CKM_AES_ECB)),
-            Self::Cmac => call(&mut plain(CKM_AES_CMAC)),
-        }
     }
 }
 

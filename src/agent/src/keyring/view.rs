@@ -13,17 +13,20 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use hsm_token_client::{State, Token, TokenError};
-use hsm_wire::envelope::{self, Header, Mechanism, Wrap};
-use hsm_wire::host::{Description, KeyInfo, KeyRef};
+use hsm_wire::envelope::{self, Header, Wrap};
+use hsm_wire::host::{Description, KeyClass, KeyInfo, KeyRef};
 use hsm_wire::identity::{self, ClusterTag, Fingerprint, FingerprintPrefix};
 use hsm_wire::secret::Secret;
-use hsm_wire::uri::Uri;
+use hsm_wire::uri::{ObjectType, Uri};
 use tokio::time::Instant;
 
 use super::{KeyRule, KeyState, NamedToken};
 
 /// How long a token that came back must stay before it serves again.
 const HAND_BACK: Duration = Duration::from_secs(30);
+
+/// Shorter RSA keys are not for what must stay secret (SP 800-131A).
+const MIN_RSA_BITS: u16 = 2048;
 
 /// The key that seals now.
 #[derive(Clone)]
@@ -57,7 +60,15 @@ pub(crate) struct KeyReport {
     pub(crate) backup: &'static str,
     pub(crate) token: Option<String>,
     pub(crate) mechanism: Option<&'static str>,
+    pub(crate) passed_over: Vec<PassedOver>,
     pub(crate) problem: Option<String>,
+}
+
+/// A better mechanism, and why the token does not use it.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub(crate) struct PassedOver {
+    pub(crate) mechanism: &'static str,
+    pub(crate) reason: String,
 }
 
 /// What was learnt and must outlive a view, and a configuration.
@@ -300,7 +311,12 @@ fn find<'a>(
             .iter()
             .map(|token| labels(&token.named.name, &token.description.keys))
             .collect();
-        format!("no key matches {}: {}", rule.uri, seen.join("; "))
+        let hint = if rule.allow_rsa_oaep {
+            "; an RSA key counts only where it may decrypt and a key for HMAC has the same CKA_ID"
+        } else {
+            ""
+        };
+        format!("no key matches {}: {}{hint}", rule.uri, seen.join("; "))
     })
 }
 
@@ -354,6 +370,7 @@ fn report(rule: &KeyRule, found: &Result<Found<'_>, String>, cluster: &str) -> K
             names.join(", ")
         }),
         mechanism: first.and_then(mechanism_name),
+        passed_over: first.map(passed_over).unwrap_or_default(),
         problem: match found {
             Ok(found) if !found.others.is_empty() => Some(found.others.join("; ")),
             Ok(found) => usable(found.on[0].1).err(),
@@ -373,24 +390,44 @@ fn unlisted(named: &NamedToken, info: &KeyInfo) -> KeyReport {
         backup: "unknown",
         token: Some(named.name.clone()),
         mechanism: mechanism_name(info),
+        passed_over: passed_over(info),
         problem: None,
     }
 }
 
 fn mechanism_name(info: &KeyInfo) -> Option<&'static str> {
-    info.wrap.as_ref().ok().map(|wrap| match wrap.mechanism {
-        Mechanism::AesGcm => "AES-GCM",
-        Mechanism::AesKwp => "AES-KWP",
-        Mechanism::AesCbcHmac => "AES-CBC-PAD + HMAC",
-        Mechanism::RsaOaepHmac => "RSA-OAEP + HMAC",
-    })
+    info.wrap.as_ref().ok().and_then(|wrap| wrap.name())
+}
+
+fn passed_over(info: &KeyInfo) -> Vec<PassedOver> {
+    let better = info.passed_over.iter();
+    better
+        .map(|better| PassedOver {
+            mechanism: better.wrap.name().unwrap_or("unknown"),
+            reason: better.reason.clone(),
+        })
+        .collect()
 }
 
 fn matches(rule: &KeyRule, token: &Up<'_>, info: &KeyInfo) -> bool {
     // The slot is the token's business: a key's URI may repeat the token's `slot-id`.
     (rule.uri.slot_id.is_none() || rule.uri.slot_id == token.named.uri.slot_id)
         && rule.uri.matches_token(&token.description.token, None)
-        && rule.uri.matches_secret_key(&info.key.label, &info.key.id)
+        && matches_key(rule, info)
+}
+
+fn matches_key(rule: &KeyRule, info: &KeyInfo) -> bool {
+    let KeyRef { label, id, .. } = &info.key;
+    match info.class {
+        KeyClass::Secret => rule.uri.matches_secret_key(label, id),
+        // Never by chance: everything that opens then takes an RSA operation.
+        KeyClass::Private => {
+            rule.allow_rsa_oaep
+                && rule.uri.object_type == Some(ObjectType::Private)
+                && rule.uri.object.as_ref().is_none_or(|is| is == label)
+                && rule.uri.id.as_ref().is_none_or(|is| is == id)
+        }
+    }
 }
 
 /// A KEK must never have been readable outside the HSM, and must have a wrap that works.
@@ -409,6 +446,12 @@ fn usable(info: &KeyInfo) -> Result<Wrap, String> {
     if !info.never_extractable {
         return Err(format!(
             "key `{label}` is not CKA_NEVER_EXTRACTABLE: it was imported or once extractable; generate it inside the HSM"
+        ));
+    }
+    if info.class == KeyClass::Private && info.bits < MIN_RSA_BITS {
+        return Err(format!(
+            "key `{label}` is an RSA key of {} bits; generate one of {MIN_RSA_BITS} or more",
+            info.bits
         ));
     }
     info.wrap
@@ -436,3 +479,6 @@ fn why_not_up(name: &str, state: &State) -> String {
         State::Latched { reason, .. } => format!("token `{name}` is latched: {reason}"),
     }
 }
+
+#[cfg(test)]
+mod tests;

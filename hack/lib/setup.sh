@@ -49,6 +49,7 @@ _setup_has() {
     libssl-dev) [ -e /usr/include/openssl/evp.h ] ;;
     libsqlite3-dev) [ -e /usr/include/sqlite3.h ] ;;
     libc6-dev) [ -e /usr/include/stdio.h ] ;;
+    opencryptoki) command -v pkcsslotd ;;
     opensc) command -v pkcs11-tool ;;
     python3-pip) python3 -m pip --version ;;
     softhsm2) command -v softhsm2-util ;;

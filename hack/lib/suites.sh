@@ -105,6 +105,7 @@ _suites_absent() {
 }
 
 suite_unit() {
+    need opencryptoki
     HSM_TEST_KRYOPTIC=$(part kryoptic)
     export HSM_TEST_KRYOPTIC
     cargo test --workspace --exclude e2e --locked --no-fail-fast

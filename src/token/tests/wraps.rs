@@ -7,6 +7,7 @@ use hsm_wire::envelope::{MAC_LEN, MAC_MARK_LEN, Wrap};
 use hsm_wire::fault::{Fault, FaultKind};
 use hsm_wire::host::{Answer, KeyClass, KeyInfo, KeyRef, Recovery, Request};
 use hsm_wire::secret::Secret;
+use sha2::Digest;
 use support::manners::Mannered;
 use support::{Host, KEY_LABEL};
 
@@ -337,6 +338,8 @@ fn softhsm_wraps_by_rsa_oaep_and_hmac_with_sha1_since_it_has_no_other() {
     assert_eq!(info.bits, 2048);
     assert!(info.sensitive && !info.extractable && info.never_extractable);
     assert_eq!(info.wrap, Ok(Wrap::RSA_OAEP_HMAC));
+    let spki = token.public_key("rsa-kek");
+    assert_eq!(info.key.fingerprint.0, *sha2::Sha256::digest(spki));
     let sealed = prove(&mut host, &info.key, Wrap::RSA_OAEP_HMAC, 100);
     assert_eq!((sealed.len(), sealed[0]), (1 + 256 + 24, 2));
     let fault = seal(&mut host, &info.key, Wrap::RSA_OAEP_HMAC, &[0; 300]).expect_err("too long");
@@ -391,4 +394,30 @@ fn kryoptic_wraps_by_rsa_oaep_and_hmac_with_sha256() {
     assert_eq!(info.wrap, Ok(Wrap::RSA_OAEP_HMAC), "{info:?}");
     let sealed = prove(&mut host, &info.key, Wrap::RSA_OAEP_HMAC, 100);
     assert_eq!((sealed.len(), sealed[0]), (1 + 384 + 24, 1));
+}
+
+#[test]
+fn opencryptoki_the_poor_one_wraps_by_cbc_and_hmac_and_its_keys_are_told_apart_by_ecb() {
+    let token = Mannered::opencryptoki();
+    token.add_mac_key("01");
+    let mut host = token.host("");
+    let info = kek(&mut host);
+    assert_eq!(info.wrap, Ok(Wrap::AES_CBC_HMAC), "{info:?}");
+    let better: Vec<Wrap> = passed_over(&info).iter().map(|(wrap, _)| *wrap).collect();
+    assert_eq!(better, [Wrap::AES_GCM, Wrap::AES_KWP]);
+    prove(&mut host, &info.key, Wrap::AES_CBC_HMAC, 512);
+}
+
+#[test]
+fn opencryptoki_wraps_by_rsa_oaep_and_hmac() {
+    let token = Mannered::opencryptoki();
+    token.add("rsa:2048", "rsa-kek", "0a", &["--sensitive"]);
+    token.add_mac_key("0a");
+    let mut host = token.host("");
+    let keys = host.describe().keys;
+    let info = keys.iter().find(|info| info.class == KeyClass::Private);
+    let info = info.expect("the RSA key").clone();
+    assert_eq!(info.wrap, Ok(Wrap::RSA_OAEP_HMAC), "{info:?}");
+    let sealed = prove(&mut host, &info.key, Wrap::RSA_OAEP_HMAC, 100);
+    assert_eq!((sealed.len(), sealed[0]), (1 + 256 + 24, 1));
 }

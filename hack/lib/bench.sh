@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # The benchmark's surroundings: a token, a place that looks like kube-apiserver's, and the programs.
 #
 # To be sourced. It defines

@@ -3,6 +3,7 @@
 #
 # To be sourced. It defines
 #   bench_kms WHO OPTION…    measures WHO (a list like raw,echo,hsmd,peer); the options are hsm-bench's own
+#   bench_wraps              measures every wrap on each software token
 
 _bench_lib=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source=hack/lib/parts.sh
@@ -52,6 +53,15 @@ bench_kms() {
             exit "$status"
         }
     )
+}
+
+bench_wraps() {
+    need softhsm2 opensc gcc libc6-dev || return
+    need_rust || return
+    HSM_TEST_KRYOPTIC=$(part kryoptic) || return
+    export HSM_TEST_KRYOPTIC
+    # One at a time: each measures.
+    (cd "$_bench_root" && cargo test --release --quiet --locked -p hsm-token --test latency -- --ignored --nocapture --test-threads=1)
 }
 
 _bench_load_generator() {

@@ -26,7 +26,7 @@ pub(crate) const MAX_WAITING: usize = 1024;
 const PACKETS_PER_SESSION: usize = 2;
 
 /// A service time within which an answer is worth being looked for.
-const QUICK: Duration = Duration::from_micros(100);
+const QUICK: Duration = Duration::from_micros(200);
 
 /// Weight of the newest measurement in the mean of service times: 1/8, as TCP smooths its round
 /// trips (RFC 6298).

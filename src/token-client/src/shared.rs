@@ -154,7 +154,8 @@ impl Shared {
         drop(core);
         let until = std::time::Instant::now() + look;
         while !channel.has_packet() && std::time::Instant::now() < until {
-            std::hint::spin_loop();
+            // Whoever would answer may need this CPU.
+            std::thread::yield_now();
         }
     }
 

@@ -91,7 +91,8 @@ impl Channel {
                     if until.is_none_or(|until| Instant::now() >= until) {
                         flags -= MsgFlags::MSG_DONTWAIT;
                     }
-                    std::hint::spin_loop();
+                    // Whoever would send may need this CPU.
+                    thread::yield_now();
                     continue;
                 }
                 Err(Errno::EINTR) => continue,
@@ -99,6 +100,15 @@ impl Channel {
                 Err(error) => Err(error.into()),
             };
         }
+    }
+
+    /// Is another packet waiting, or the end?
+    pub(crate) fn has_packet(&self) -> bool {
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_PEEK;
+        !matches!(
+            recv(self.0.as_raw_fd(), &mut [0; 1], flags),
+            Err(Errno::EAGAIN)
+        )
     }
 
     /// Sends one packet.

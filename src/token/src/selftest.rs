@@ -90,12 +90,13 @@ pub(crate) fn choose(
 }
 
 /// A token that chooses the IV itself overwrites ours, appends its own, or refuses any that is not
-/// zero. On one that takes ours the other manners are not tried: they would seal under an IV of zeros.
+/// zero, by whatever code. Where AES-GCM itself is refused the other manners are not tried.
 fn speaks_of_the_iv(failure: &Failure) -> bool {
     match failure {
         Failure::Final(fault) => fault.detail == OWN_IV,
         Failure::Call(error) => {
-            matches!(error.code, CKR_MECHANISM_PARAM_INVALID | CKR_ARGUMENTS_BAD)
+            ["C_EncryptInit", "C_Encrypt"].contains(&error.function)
+                && (!error.is_refusal() || error.code == CKR_MECHANISM_PARAM_INVALID)
         }
         _ => false,
     }

@@ -12,7 +12,7 @@ use hsm_wire::fault::{Fault, FaultKind};
 use hsm_wire::host::{Answer, Open, Recovery, Request, Response};
 use nix::libc;
 
-use crate::baton::{Baton, LOOK, QUICK};
+use crate::baton::{Baton, LOOK, QUICK, SHORT};
 use crate::channel::{Channel, Packet, Received};
 use crate::module::Threading;
 use crate::session::Worker;
@@ -117,8 +117,7 @@ fn work(channel: &Channel, token: &Token, baton: &Baton, me: usize) -> ! {
         baton.take(me);
         let mut kept = true;
         while kept {
-            let quick = takes <= QUICK;
-            let look = if quick { LOOK } else { Duration::ZERO };
+            let look = if takes <= SHORT { LOOK } else { Duration::ZERO };
             let Some((id, request)) = receive(channel, &mut packet, look) else {
                 break 'turns;
             };
@@ -126,7 +125,7 @@ fn work(channel: &Channel, token: &Token, baton: &Baton, me: usize) -> ! {
             let began = Instant::now();
             let mut sent = Ok(());
             let mut answer = || sent = channel.send(&worker.answer(id, &request).encode());
-            if quick {
+            if takes <= QUICK || (takes <= SHORT && !channel.has_packet()) {
                 kept = baton.keep_during(me, &mut answer);
             } else {
                 baton.pass(me);

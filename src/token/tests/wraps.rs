@@ -164,6 +164,13 @@ fn an_imitated_token_that_returns_its_iv_is_noticed_and_any_gcm_opens_what_it_se
 }
 
 #[test]
+fn an_imitated_token_that_returns_its_iv_is_noticed_whatever_it_says_of_ours() {
+    let token = Mannered::softhsm();
+    let info = kek(&mut token.host("returned vague"));
+    assert_eq!(info.wrap, Ok(Wrap::AES_GCM_RETURNED), "{info:?}");
+}
+
+#[test]
 fn an_imitated_token_that_appends_its_iv_is_noticed_and_any_gcm_opens_what_it_sealed() {
     let token = Mannered::softhsm();
     let mut luna = token.host("appended");

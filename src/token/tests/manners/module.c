@@ -4,6 +4,7 @@
  *
  *     returned       AES-GCM as AWS CloudHSM: an IV that is not zero is refused, the token writes its own
  *                    over the 12 zeros at C_Encrypt
+ *     vague          with it: the refusal is CKR_DATA_INVALID, which says nothing of an IV
  *     appended       AES-GCM as Thales Luna in FIPS mode: the caller's IV is ignored, 16 bytes of the
  *                    token's are appended to ciphertext and tag
  *     no-gcm-seal    no C_EncryptInit by AES-GCM
@@ -40,6 +41,7 @@ enum {
 
 #define CKM_AES_GCM 0x1087UL
 #define CKM_AES_CMAC 0x108AUL
+#define CKR_DATA_INVALID 0x20UL
 #define CKR_FUNCTION_NOT_SUPPORTED 0x54UL
 #define CKR_MECHANISM_INVALID 0x70UL
 #define CKR_MECHANISM_PARAM_INVALID 0x71UL
@@ -109,7 +111,7 @@ static ulong_t encrypt_init(ulong_t session, struct mechanism *mechanism, ulong_
     struct gcm gcm = *(struct gcm *)mechanism->parameter;
     static const unsigned char zeros[12];
     if (how == 1 && (gcm.iv_len != 12 || memcmp(gcm.iv, zeros, 12)))
-        return CKR_MECHANISM_PARAM_INVALID;
+        return is("vague") ? CKR_DATA_INVALID : CKR_MECHANISM_PARAM_INVALID;
     unsigned char iv[16], *out = gcm.iv;
     ulong_t code = real->at[GENERATE_RANDOM](session, iv, 16UL);
     if (code)

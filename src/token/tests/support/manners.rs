@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 
+use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
+use cryptoki::slot::Slot;
 use tempfile::TempDir;
 
 use super::{Host, KEY_LABEL, LABEL, PIN, SOFTHSM, SoftHsm, Start, give_away, open_module};
@@ -150,6 +152,20 @@ impl Mannered {
         let token = ["--token-label", LABEL, "--read-object"];
         self.tool(&[&token[..], &which].concat());
         fs::read(path).expect("the public key")
+    }
+
+    /// The real module in this process, and the token's slot: the bare limit of a measurement.
+    pub(crate) fn open_here(&self) -> (Pkcs11, Slot) {
+        for (name, value) in &self.env {
+            // SAFETY: a measurement has one thread, and none that reads the environment meanwhile.
+            unsafe { std::env::set_var(name, value) };
+        }
+        let module = Pkcs11::new(&self.module).expect("module");
+        let flags = CInitializeFlags::OS_LOCKING_OK;
+        let initialized = module.initialize(CInitializeArgs::new(flags));
+        initialized.expect("initialize");
+        let slots = module.get_slots_with_initialized_token().expect("slots");
+        (module, slots[0])
     }
 
     fn tool(&self, args: &[&str]) {

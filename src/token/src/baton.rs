@@ -2,7 +2,7 @@
 //!
 //! *Expected flow.* While the module answers quickly the holder receives, does the work and answers,
 //! request after request, and looks for the next one for a moment before it blocks: nobody is woken
-//! on the way. When the module takes longer than [`QUICK`] and another request waits, or longer than
+//! on the way. When the module takes longer than [`QUICK`] and requests overlap, or longer than
 //! [`SHORT`], the holder passes the baton on before it enters the module, so that N threads are inside
 //! at once.
 //!
@@ -22,9 +22,9 @@ use std::time::Duration;
 /// A module that answers within this is worth being waited for, whoever else waits. SoftHSM takes
 /// 20 µs warm and 45 µs cold; the fastest PCIe HSMs some 100 µs, and those gain from parallel calls.
 pub(crate) const QUICK: Duration = Duration::from_micros(75);
-/// A call that takes longer delays a request that comes meanwhile by more than it costs to wake
-/// another thread for it beforehand.
-pub(crate) const SHORT: Duration = Duration::from_micros(200);
+/// A call within this is made without waking another thread, as long as calls do not overlap: the
+/// first request that comes meanwhile waits for it, the next ones do not.
+pub(crate) const SHORT: Duration = PATIENCE;
 /// How long the holder looks for the next request before it blocks: the daemon's next one follows
 /// within 80 µs when callers are waiting. A node that decrypts once a minute pays for it once a minute.
 pub(crate) const LOOK: Duration = Duration::from_micros(120);

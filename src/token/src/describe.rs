@@ -13,7 +13,7 @@ use crate::key::{self, Place};
 use crate::rsa;
 use crate::selftest;
 use crate::token::Token;
-use crate::wrap::{Key, MacKeys, Partners, Scratch};
+use crate::wrap::{MacKeys, Scratch};
 
 /// Secret keys looked at. A token with more is not one for a node's daemon.
 const MAX_OBJECTS: usize = 4096;
@@ -64,18 +64,7 @@ pub(crate) fn describe(
     let mut listed = Vec::new();
     let mut room = MAX_MESSAGE_LEN - ROOM_FOR_THE_REST;
     for (mut key, object) in keys.into_iter().take(MAX_KEYS) {
-        let partners = partners(place, &key, object)?;
-        let choice = selftest::choose(
-            token,
-            place,
-            key.class,
-            &Key {
-                key: &key.key,
-                object,
-                partners: &partners,
-            },
-            scratch,
-        )?;
+        let choice = selftest::choose(token, place, key.class, &key.key, object, scratch)?;
         key.wrap = choice.wrap;
         key.passed_over = choice.passed_over;
         token.note_handle(&key.key, object);
@@ -98,18 +87,6 @@ fn size(key: &KeyInfo) -> usize {
     let passed_over = key.passed_over.iter();
     let passed_over: usize = passed_over.map(|better| 4 + better.reason.len()).sum();
     64 + key.key.id.len() + key.key.label.len() + reason + passed_over
-}
-
-/// A key's partners, none where looking for them fails for this key alone.
-fn partners(
-    place: Place<'_>,
-    info: &KeyInfo,
-    object: CK_OBJECT_HANDLE,
-) -> Result<Partners, Failure> {
-    match key::find_partners(place, info.class, &info.key, object) {
-        Err(failure) if failure.tells_of_one_key() => Ok(Partners::default()),
-        found => found,
-    }
 }
 
 /// What can be said of an object, if it is a key of ours that can be fingerprinted.

@@ -3,15 +3,15 @@
 //! Nothing but a test tells. What a token lists is not what it does (SoftHSM lists AES-KWP and gives 48
 //! bytes back for 45), and who chooses the IV of AES-GCM is listed nowhere.
 
-use cryptoki_sys::{CKR_ARGUMENTS_BAD, CKR_MECHANISM_PARAM_INVALID};
+use cryptoki_sys::{CK_OBJECT_HANDLE, CKR_ARGUMENTS_BAD, CKR_MECHANISM_PARAM_INVALID};
 use hsm_wire::envelope::Wrap;
 use hsm_wire::fault::ckr_name;
-use hsm_wire::host::{KeyClass, PassedOver};
+use hsm_wire::host::{KeyClass, KeyRef, PassedOver};
 
 use crate::failure::Failure;
-use crate::key::Place;
+use crate::key::{Place, find_partners};
 use crate::token::Token;
-use crate::wrap::{self, Key, OWN_IV, Scratch};
+use crate::wrap::{self, Key, OWN_IV, Partners, Scratch, needs_partners};
 
 /// Plaintexts: shorter than a block, one byte more and less than blocks, whole blocks. Odd ones are
 /// where tokens have been seen to pad.
@@ -32,10 +32,11 @@ pub(crate) fn choose(
     token: &Token,
     place: Place<'_>,
     class: KeyClass,
-    key: &Key<'_>,
+    key: &KeyRef,
+    object: CK_OBJECT_HANDLE,
     scratch: &mut Scratch,
 ) -> Result<Choice, Failure> {
-    if let Some(known) = token.known_choice(&key.key.fingerprint) {
+    if let Some(known) = token.known_choice(&key.fingerprint) {
         return Ok(known);
     }
     let candidates: &[Wrap] = match class {
@@ -57,7 +58,16 @@ pub(crate) fn choose(
         if of_its_own && !wants_own_iv {
             continue;
         }
-        let reason = match test(place, key, *wrap, scratch) {
+        // Searched for only where a wrap needs them: most keys have a better one.
+        let tested = partners(place, class, key, object, *wrap).and_then(|partners| {
+            let with = Key {
+                key,
+                object,
+                partners: &partners,
+            };
+            test(place, &with, *wrap, scratch)
+        });
+        let reason = match tested {
             Ok(Ok(())) => {
                 chosen = Some(*wrap);
                 break;
@@ -84,9 +94,23 @@ pub(crate) fn choose(
     let choice = Choice { wrap, passed_over };
     // What may pass is tried again by the next Describe.
     if settled {
-        token.note_choice(key.key.fingerprint, choice.clone());
+        token.note_choice(key.fingerprint, choice.clone());
     }
     Ok(choice)
+}
+
+fn partners(
+    place: Place<'_>,
+    class: KeyClass,
+    key: &KeyRef,
+    object: CK_OBJECT_HANDLE,
+    wrap: Wrap,
+) -> Result<Partners, Failure> {
+    if needs_partners(wrap) {
+        find_partners(place, class, key, object)
+    } else {
+        Ok(Partners::default())
+    }
 }
 
 /// A token that chooses the IV itself overwrites ours, appends its own, or refuses any that is not

@@ -21,7 +21,7 @@ use crate::token::Token;
 /// Vendor code is tested on the stack that threads get by default, which is the main thread's 8 MiB.
 const STACK: usize = 8 * 1024 * 1024;
 /// A call counts at most this much in the mean, so that a hang is forgotten after some quick ones.
-const SLOW: Duration = Duration::from_millis(1);
+const SLOW: Duration = Duration::from_millis(4);
 /// For the module's own clean-up when the daemon is gone.
 const SHUT_DOWN: Duration = Duration::from_millis(500);
 
@@ -118,6 +118,8 @@ fn work(channel: &Channel, token: &Token, baton: &Baton, me: usize) -> ! {
         let mut kept = true;
         while kept {
             let look = if takes <= SHORT { LOOK } else { Duration::ZERO };
+            // Came while the last call was made: callers overlap, and so should their calls.
+            let overlap = takes > QUICK && channel.has_packet();
             let Some((id, request)) = receive(channel, &mut packet, look) else {
                 break 'turns;
             };
@@ -125,7 +127,7 @@ fn work(channel: &Channel, token: &Token, baton: &Baton, me: usize) -> ! {
             let began = Instant::now();
             let mut sent = Ok(());
             let mut answer = || sent = channel.send(&worker.answer(id, &request).encode());
-            if takes <= QUICK || (takes <= SHORT && !channel.has_packet()) {
+            if takes <= QUICK || (takes <= SHORT && !overlap && !channel.has_packet()) {
                 kept = baton.keep_during(me, &mut answer);
             } else {
                 baton.pass(me);

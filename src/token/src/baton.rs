@@ -17,7 +17,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, Thread};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A module that answers within this is worth being waited for, whoever else waits. SoftHSM takes
 /// 20 µs warm and 45 µs cold; the fastest PCIe HSMs some 100 µs, and those gain from parallel calls.
@@ -31,6 +31,8 @@ pub(crate) const LOOK: Duration = Duration::from_micros(120);
 /// When a call that was expected to be quick is taken for one that is not. The next request waits
 /// that long at most.
 const PATIENCE: Duration = Duration::from_millis(1);
+/// A call counts at most this much, so that a hang is forgotten after some quick ones.
+const SLOW: Duration = Duration::from_millis(4);
 const NOBODY: usize = usize::MAX;
 
 /// The baton, and one mark for each thread that says whether it is inside the module.
@@ -43,6 +45,19 @@ pub(crate) struct Baton {
     at: AtomicUsize,
     relief: OnceLock<Thread>,
     relief_rests: AtomicBool,
+    pace: Pace,
+}
+
+/// How long a call takes when it is alone in the module, smoothed, in nanoseconds.
+///
+/// Calls beside others wait for each other's locks and say nothing of the module. They let the value
+/// sink a little instead, so that after some hundred of them one thread tries alone again: a module
+/// that was slow for a moment would otherwise be taken for slow as long as there is load.
+#[derive(Default)]
+struct Pace {
+    takes: AtomicU64,
+    entries: AtomicU64,
+    inside: AtomicUsize,
 }
 
 impl Baton {
@@ -55,7 +70,37 @@ impl Baton {
             at: AtomicUsize::new(NOBODY),
             relief: OnceLock::new(),
             relief_rests: AtomicBool::new(false),
+            pace: Pace {
+                // Until the first calls have shown it.
+                takes: AtomicU64::new(nanos(SLOW)),
+                ..Pace::default()
+            },
         }
+    }
+
+    /// How long a call takes, as far as is known.
+    pub(crate) fn call_takes(&self) -> Duration {
+        Duration::from_nanos(self.pace.takes.load(Ordering::Relaxed))
+    }
+
+    /// Makes a call and learns from it.
+    pub(crate) fn timed(&self, call: impl FnOnce()) {
+        let pace = &self.pace;
+        let entry = pace.entries.fetch_add(1, Ordering::AcqRel) + 1;
+        let alone = pace.inside.fetch_add(1, Ordering::AcqRel) == 0;
+        let began = Instant::now();
+        call();
+        let took = nanos(began.elapsed().min(SLOW));
+        pace.inside.fetch_sub(1, Ordering::AcqRel);
+        let alone = alone && pace.entries.load(Ordering::Acquire) == entry;
+        let takes = pace.takes.load(Ordering::Relaxed);
+        // Two threads that write at once lose one of two nearly equal values.
+        let takes = if alone {
+            (7 * takes + took) / 8
+        } else {
+            takes - takes / 128
+        };
+        pace.takes.store(takes, Ordering::Relaxed);
     }
 
     /// Waits until thread `me` holds the baton.
@@ -133,6 +178,10 @@ impl Baton {
     }
 }
 
+fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
@@ -167,6 +216,18 @@ mod tests {
         for _ in 0..1000 {
             assert!(baton.keep_during(0, || {}));
         }
+    }
+
+    #[test]
+    fn only_a_call_that_is_alone_tells_how_long_calls_take() {
+        let baton = Baton::new(2);
+        for _ in 0..100 {
+            baton.timed(|| {});
+        }
+        let alone = baton.call_takes();
+        assert!(alone < SLOW / 2, "{alone:?}");
+        baton.timed(|| baton.timed(|| thread::sleep(SLOW)));
+        assert!(baton.call_takes() <= alone);
     }
 
     #[test]

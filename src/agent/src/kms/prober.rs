@@ -22,8 +22,10 @@ const MAX_AGE: Duration = Duration::from_secs(30);
 const MAX_IN_FLIGHT: Duration = Duration::from_secs(5);
 /// When a probe is given up. Above [`MAX_IN_FLIGHT`], which is what turns health.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Between looks for a key that an up token does not (yet) hold.
+/// Between looks for the active key on a token that does not (yet) hold it.
 const LOOK_AGAIN: Duration = Duration::from_secs(5);
+/// The same for any other key that a rule names: a pending one is about to be made.
+const LOOK_FOR_OTHERS: Duration = Duration::from_secs(30);
 
 /// What the probes found.
 #[derive(Default)]
@@ -54,6 +56,17 @@ impl Pulse {
     }
 }
 
+impl Face {
+    /// The probe under way has ended.
+    fn note(&self, outcome: Result<(), String>) {
+        let mut pulse = self.pulse();
+        // The keyring may have been replaced meanwhile; then this finding is about another one.
+        if pulse.in_flight_since.take().is_some() {
+            pulse.last = Some((Instant::now(), outcome));
+        }
+    }
+}
+
 /// Probes for as long as the process lives.
 pub(crate) async fn run(face: Arc<Face>) {
     let mut looked = None;
@@ -71,15 +84,18 @@ async fn beat(face: &Face, looked: &mut Option<Instant>) -> bool {
         return false;
     };
     keyring.refresh();
+    // The operator may make the key while we run: look again, now and then.
+    let pause = match (keyring.active().is_err(), keyring.lacks_a_key()) {
+        (true, _) => Some(LOOK_AGAIN),
+        (false, true) => Some(LOOK_FOR_OTHERS),
+        (false, false) => None,
+    };
+    if pause.is_some_and(|pause| looked.is_none_or(|at: Instant| at.elapsed() > pause)) {
+        *looked = Some(Instant::now());
+        keyring.look_again(Instant::now() + PROBE_TIMEOUT).await;
+    }
     if keyring.active().is_err() {
-        // The operator may make the key while we run: look again, now and then.
-        if looked.is_none_or(|at: Instant| at.elapsed() > LOOK_AGAIN) {
-            *looked = Some(Instant::now());
-            keyring.look_again(Instant::now() + PROBE_TIMEOUT).await;
-        }
-        if keyring.active().is_err() {
-            return false;
-        }
+        return false;
     }
     face.pulse().in_flight_since = Some(Instant::now());
     let outcome = keyring
@@ -87,10 +103,7 @@ async fn beat(face: &Face, looked: &mut Option<Instant>) -> bool {
         .await
         .map_err(|error| error.to_string());
     let well = outcome.is_ok();
-    // The keyring may have been replaced meanwhile; then this finding is about another one.
-    let mut pulse = face.pulse();
-    if pulse.in_flight_since.take().is_some() {
-        pulse.last = Some((Instant::now(), outcome));
-    }
+    face.note(outcome);
+    keyring.probe_standbys(Instant::now() + PROBE_TIMEOUT).await;
     well
 }

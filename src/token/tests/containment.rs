@@ -67,8 +67,7 @@ fn the_end_of_the_module_is_the_end_of_the_host_and_shows_in_its_status() {
         ("C_Encrypt abort", None),
     ] {
         let hostile = Hostile::new();
-        // Others may be inside the module while it takes itself apart, and crash.
-        let mut host = hostile.host_with_one_session();
+        let mut host = hostile.host();
         let key = host.key();
         hostile.rules(rule);
         host.send(&seal(&key, b"header", &[8; 32]));
